@@ -1,0 +1,288 @@
+"""The narrow protocol between the model and an array library, and the values that cross it.
+
+Letters used in every shape, here and inside the kernels:
+
+    T  query tokens of a step, packed           B  sequences of a step
+    R  rows whose logits are wanted             S  cached tokens of a sequence
+    H  query heads      G  KV heads             D  head dim            I  index head dim
+    K  selected tokens  P  page size            W  sliding window      N  physical rows of a memory
+    M  pages of the longest sequence            C  hidden size         V  vocabulary
+
+`Array` is whatever the backend uses. Shared code touches arrays only through these functions and through what
+NumPy, MLX and torch spell alike: `.shape`, `.reshape(...)` and `+`.
+
+Rules that hold for every op of every backend:
+- float32 (or wider) accumulation in norms, softmax and scores; results come back in the dtype of the input;
+- values in, values out: a write returns the new state, and the old one must not be used again;
+- -1 in a mapping writes nothing, -1 in a selection is never read, a query at position -1 sees nothing;
+- a query that sees nothing gets zeros; every output element is written;
+- scores have a total order: +inf first, NaN counts as -inf, equal scores go to the lower position;
+- a selection carries no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any  # the backend's array type
+Weight = Any  # an Array [out, in], or a backend's quantised weight
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The global state that layers share: one row per token, addressed through pages (paper, section 2.1).
+
+    Row `page * P + offset` holds one token; a page never belongs to two sequences unless they share the tokens.
+    """
+
+    k: Array  # [N, G, D]
+    v: Array  # [N, G, D]
+    k_idx: Array | None  # [N, I]; None where no layer computes an index on this memory
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The last W tokens of each sequence for one sliding layer: a ring, position p at row `slot * W + p % W`."""
+
+    k: Array  # [slots * W, G, D]
+    v: Array  # [slots * W, G, D]
+    size: int  # W
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All state of a model: `memories[plan.layers[i].memory]`, `windows[plan.layers[i].window]`."""
+
+    memories: tuple[Memory, ...]
+    windows: tuple[Window, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What the index chose, once per step: a set of positions per query, the same for all heads and layers.
+
+    `rows` are the physical rows of those positions; every memory has the same pages, so the page table is walked
+    once per step and not once per layer.
+    """
+
+    positions: Array  # [T, K] int32, ascending, -1 padded at the end
+    rows: Array  # [T, K] int32, physical rows in the same order, -1 padded
+    lengths: Array  # [T] int32, how many are valid
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Who asks: T tokens of B sequences, packed sequence after sequence, positions ascending inside each.
+
+    The two host tuples repeat what the arrays say, so that plain code can loop and kernels can size a grid without
+    waiting for the device. Rows of sequence b are `cu_seqlens[b]:cu_seqlens[b + 1]`.
+    """
+
+    positions: Array  # [T] int32; -1 is a padded row
+    sequence: Array  # [T] int32, row of block_table and window_slots
+    block_table: Array  # [B, M] int32 page ids, -1 beyond the sequence's pages
+    window_slots: Array  # [B] int32
+    cu_seqlens: tuple[int, ...]  # host, B + 1 entries
+    context_lens: tuple[int, ...]  # host, per sequence: highest query position + 1
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every sequence asks with exactly one token (a decode step)."""
+        return self.cu_seqlens[-1] == len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step of the model: which tokens enter, where their state goes, whose logits are wanted.
+
+    `logits_rows` None means that every row's logits are wanted (decode, evaluation); otherwise `logits_queries`
+    describes the R rows that remain after the prefill exit.
+    """
+
+    tokens: Array  # [T] int32
+    queries: Queries
+    slot_mapping: Array  # [T] int32, row of the memories that the token is written to; -1: nowhere
+    ring_mapping: Array  # [T] int32, row of the windows; -1: not among the last W tokens of its chunk
+    logits_rows: Array | None  # [R] int32
+    logits_queries: Queries | None
+
+    @property
+    def wants_logits(self) -> bool:
+        """False for a chunk in the middle of a prompt: only its state is wanted."""
+        return self.logits_rows is None or self.logits_rows.shape[0] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of R rows. The host flags only skip work; they never change a result."""
+
+    temperature: Array  # [R] float32; 0 is greedy
+    top_k: Array  # [R] int32; 0 is off
+    top_p: Array  # [R] float32
+    min_p: Array  # [R] float32
+    repetition_penalty: Array  # [R] float32
+    seed: Array  # [R, 2] uint32: low and high word
+    positions: Array  # [R] int32: the position the sampled token will have
+    penalty_tokens: Array | None  # [R, n] int32, -1 padded: tokens seen so far; None if no row has a penalty
+    num_logprobs: int | None  # host: best tokens to report; None reports nothing
+    all_greedy: bool  # host: every temperature is 0
+    any_filter: bool  # host: some row uses top_k, top_p or min_p
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Result of `sample`; the three optional arrays are None unless `num_logprobs` was given."""
+
+    tokens: Array  # [R] int32
+    logprobs: Array | None  # [R] float32, of the sampled token under the unmodified distribution
+    top_tokens: Array | None  # [R, n] int32, best first, equal ones by lower id
+    top_logprobs: Array | None  # [R, n] float32
+
+
+class Ops(Protocol):
+    """What the model needs of an array library. A module with these functions is an `Ops`."""
+
+    name: str  # "numpy", "mlx", "cuda"
+    device: str  # what it computes on, in words a user reads
+
+    # -- arrays ------------------------------------------------------------------------------------------
+    def asarray(self, x: np.ndarray, dtype: str | None = None) -> Array:
+        """Move a host array (numeric, or ml_dtypes.bfloat16) to the device, as `dtype` if given."""
+        ...
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Wait for `x` and copy it to the host; bfloat16 arrives as float32."""
+        ...
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        """`x` as "float32", "bfloat16", "float16" or "int32"."""
+        ...
+
+    def itemsize(self, dtype: str) -> int:
+        """Bytes that one stored value of this dtype takes (8 on the float64 specification)."""
+        ...
+
+    def take(self, x: Array, rows: Array) -> Array:
+        """Rows of `x` along the first axis: [T, ...], [R] int32 -> [R, ...]."""
+        ...
+
+    def evaluate(self, *values: Any) -> None:
+        """Start the computation of arrays inside these values (tuples, dataclasses); a hint for lazy backends."""
+        ...
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes on the device: `total`, `free` (what may still be allocated), `peak` (since the process began)."""
+        ...
+
+    # -- the model's plain functions -----------------------------------------------------------------------
+    def embed(self, weight: Weight, tokens: Array) -> Array:
+        """[V, C], [T] int32 -> [T, C]."""
+        ...
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        """x @ weight.T: [..., in], [out, in] -> [..., out]."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
+        ...
+
+    def rope(self, x: Array, positions: Array, theta: float) -> Array:
+        """Rotary positions, half-split form: [T, H, D], [T] -> [T, H, D]. Angles are float32."""
+        ...
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """silu(gate) * up."""
+        ...
+
+    # -- state ---------------------------------------------------------------------------------------------
+    def new_memory(
+        self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str
+    ) -> Memory:
+        """An empty memory of at least `rows` rows. A backend may keep rows of its own behind them."""
+        ...
+
+    def new_window(self, slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
+        """Empty rings for `slots` sequences."""
+        ...
+
+    def write_memory(
+        self, memory: Memory, k: Array, v: Array, k_idx: Array | None, slot_mapping: Array
+    ) -> Memory:
+        """Put token t at row slot_mapping[t]. k, v [T, G, D], k_idx [T, I] or None."""
+        ...
+
+    def write_window(self, window: Window, k: Array, v: Array, ring_mapping: Array) -> Window:
+        """Put token t at ring row ring_mapping[t]. No row occurs twice. k, v [T, G, D]."""
+        ...
+
+    def copy_window(self, window: Window, source: Array, target: Array) -> Window:
+        """Copy whole rings: slot source[i] to slot target[i], both [n] int32, disjoint."""
+        ...
+
+    # -- routing and attention -----------------------------------------------------------------------------
+    def select(self, q_idx: Array, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
+        """The k best visible tokens of each query by q_idx . k_idx (paper, equations 1-3); exact.
+
+        Args: q_idx [T, I]. A query at position p sees 0..p of its sequence. With `block_size` b > 1 whole aligned
+        blocks of b tokens are chosen by their best visible score, k / b of them; tokens after p are left out.
+        Fewer visible tokens than k: all of them, -1 padded. The 1/sqrt(I) scale does not matter here.
+        """
+        ...
+
+    def take_selection(self, selection: Selection, rows: Array) -> Selection:
+        """The selection of a subset of queries, rows [R] int32."""
+        ...
+
+    def gather_attention(self, q: Array, memory: Memory, selection: Selection) -> Array:
+        """GQA attention over the selected rows, scale 1/sqrt(D): [T, H, D] -> [T, H, D] (equation 4)."""
+        ...
+
+    def dense_attention(self, q: Array, memory: Memory, queries: Queries) -> Array:
+        """Causal GQA attention over all visible rows: [T, H, D] -> [T, H, D]."""
+        ...
+
+    def sliding_attention(self, q: Array, k: Array, v: Array, window: Window, queries: Queries) -> Array:
+        """Position p attends to p-W+1..p: what came before this chunk from the ring, the chunk from k, v [T, G, D].
+
+        `window` is the state before this chunk's write; [T, H, D] -> [T, H, D].
+        """
+        ...
+
+    # -- sampling ------------------------------------------------------------------------------------------
+    def sample(self, logits: Array, sampling: SamplingBatch) -> Sampled:
+        """Draw one token per row: [R, V] float32 -> tokens [R]. A pure function of its arguments.
+
+        Order: repetition penalty, temperature, min-p, top-k, top-p, then argmax of logits + Gumbel noise from
+        Threefry-2x32 (key: seed, counter: position, token id). Filters keep tokens equal to the last one kept.
+        Greedy rows take the best penalised logit, equal ones by lower id. A row with NaN, or whose best logit is
+        not finite, gives token -1: there is nothing to sample from.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a backend could run on, as `clsa.backends()` and `clsa info` report it."""
+
+    name: str  # what the user may pass as `device`
+    kind: str  # "nvidia", "metal" or "cpu"
+    usable: bool
+    reason: str  # why not, and what would help; or what it is, if usable
+
+
+class Backend(Protocol):
+    """What an entry point of the group `clsa.backends` names. Importing it must not import the array library."""
+
+    name: str
+
+    def devices(self) -> list[Device]:
+        """All devices of this backend, usable or not; never raises."""
+        ...
+
+    def open(self, device: str | None = None) -> Ops:
+        """The ops on that device (default: the best usable). Raises BackendError if it cannot run."""
+        ...
