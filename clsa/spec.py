@@ -8,7 +8,8 @@ is float64. The letters in shapes are those of `clsa.ops`.
 from __future__ import annotations
 
 import sys
-from typing import Any, cast as typing_cast
+from typing import Any
+from typing import cast as typing_cast
 
 import ml_dtypes
 import numpy as np
@@ -139,7 +140,7 @@ def physical_rows(queries: Queries, sequence: int, positions: Array) -> Array:
 
 
 def top_k(scores: Array, k: int, block_size: int) -> Array:
-    """Ascending positions of the best: [S] -> [<= k]. NaN counts as -inf, equal scores go to the lower position."""
+    """Ascending positions of the best: [S] -> [<= k]. NaN counts as -inf, ties go to the lower position."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     num_blocks = -(-len(scores) // block_size)
     padded = np.full(num_blocks * block_size, -np.inf)
@@ -170,7 +171,7 @@ def take_selection(selection: Selection, rows: Array) -> Selection:
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """One query over what it sees: [H, D], [S, G, D], [S, G, D] -> [H, D]. Head h reads KV head h // (H / G)."""
+    """One query over what it sees: [H, D], [S, G, D] twice -> [H, D]. Head h reads KV head h // (H / G)."""
     num_heads, head_dim = q.shape
     if len(k) == 0:
         return np.zeros_like(q)
@@ -240,7 +241,7 @@ def gumbel(seed: Array, positions: Array, vocab_size: int) -> Array:
 
 
 def penalize(logits: Array, penalty: float, tokens: Array) -> Array:
-    """Repetition penalty: positive logits of seen tokens are divided, negative ones multiplied. [V] -> [V]."""
+    """Positive logits of seen tokens are divided, negative ones multiplied: [V], [n] -> [V]."""
     seen = np.zeros(len(logits), bool)
     seen[tokens[tokens >= 0]] = True
     penalized = np.where(logits > 0, logits / penalty, logits * penalty)
@@ -248,7 +249,7 @@ def penalize(logits: Array, penalty: float, tokens: Array) -> Array:
 
 
 def filter_logits(logits: Array, top_k: int, top_p: float, min_p: float) -> Array:
-    """Drop (to -inf) what min-p, then top-k, then top-p leave out; ties with the last one kept stay. [V] -> [V]."""
+    """To -inf what min-p, then top-k, then top-p leave out; ties with the last one kept stay: [V] -> [V]."""
     if min_p > 0:
         logits = np.where(logits >= logits.max() + np.log(min_p), logits, -np.inf)
     descending = np.sort(logits)[::-1]
@@ -296,8 +297,8 @@ def softmax(x: Array) -> Array:
 
 
 def teacher(q: Array, k: Array) -> Array:
-    """Dense causal attention averaged over layers and heads (equation 5): [L, n, H, D], [L, n, G, D] -> [n, n]."""
-    num_layers, length, num_heads, head_dim = q.shape
+    """Dense causal attention, mean of layers and heads (equation 5): [L, n, H, D], [L, n, G, D] -> [n, n]."""
+    length, num_heads, head_dim = q.shape[1:]
     k = np.repeat(k, num_heads // k.shape[2], axis=2)
     scores = np.einsum("lthd,lshd->lhts", q, k) / np.sqrt(head_dim)
     scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
