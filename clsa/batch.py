@@ -23,9 +23,7 @@ class SequenceChunk:
     logits: Literal["none", "last", "all"]
 
 
-def build_batch(
-    ops: Ops, chunks: Sequence[SequenceChunk], window: int, tokens: Array | None = None
-) -> StepBatch:
+def build_batch(ops: Ops, chunks: Sequence[SequenceChunk], window: int, tokens: Array | None = None) -> StepBatch:
     """Pack chunks into one step.
 
     Args: `window` is the model's sliding window W (any number if it has none). `tokens` [T] int32 replaces
@@ -41,9 +39,7 @@ def build_batch(
     slots = np.array([c.window_slot for c in chunks])
     slot_mapping = table[sequence, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     ring = slots[sequence] * window + positions % window
-    is_kept = (
-        offsets >= np.array(lengths)[sequence] - window
-    )  # an older token would share a row with a newer one
+    is_kept = offsets >= np.array(lengths)[sequence] - window  # an older token would share a row with a newer one
     ring_mapping = np.where(is_kept, ring, -1)
 
     def int32(x: np.ndarray) -> Array:

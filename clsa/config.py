@@ -34,23 +34,30 @@ _BOUNDS: dict[str, tuple[int, int]] = {
 }
 
 
+def show(value: object) -> str:
+    """A short one-line repr for error sentences, whatever the value."""
+    try:
+        text = repr(value)
+    except Exception:  # such as an int of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def check_int(name: str, value: object, low: int, high: int, error: type[Exception] = ConfigError) -> int:
     """Return `value` if it is an int (not a bool) in [low, high]; raise `error` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise error(f"{name} must be an integer, got {value!r}")
+        raise error(f"{name} must be an integer, got {show(value)}")
     if not low <= value <= high:
-        raise error(f"{name} must be between {low} and {high}, got {value}")
+        raise error(f"{name} must be between {low} and {high}, got {show(value)}")
     return value
 
 
-def check_float(
-    name: str, value: object, low: float, high: float, error: type[Exception] = ConfigError
-) -> float:
+def check_float(name: str, value: object, low: float, high: float, error: type[Exception] = ConfigError) -> float:
     """Return `value` as a float if it is a finite number in [low, high]; raise `error` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise error(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise error(f"{name} must be a finite number, got {show(value)}")
     if not low <= value <= high:
-        raise error(f"{name} must be between {low:g} and {high:g}, got {value:g}")
+        raise error(f"{name} must be between {low:g} and {high:g}, got {show(value)}")
     return float(value)
 
 
@@ -62,10 +69,10 @@ class Quantization:
     bits: int = 4
 
     def __post_init__(self) -> None:
-        if self.group_size not in (32, 64, 128):
-            raise ConfigError(f"quantization.group_size must be 32, 64 or 128, got {self.group_size!r}")
-        if self.bits not in (4, 8):
-            raise ConfigError(f"quantization.bits must be 4 or 8, got {self.bits!r}")
+        if check_int("quantization.group_size", self.group_size, 32, 128) not in (32, 64, 128):
+            raise ConfigError(f"quantization.group_size must be 32, 64 or 128, got {self.group_size}")
+        if check_int("quantization.bits", self.bits, 4, 8) not in (4, 8):
+            raise ConfigError(f"quantization.bits must be 4 or 8, got {self.bits}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +108,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.model_type != "clsa":
-            raise ConfigError(f"model_type must be 'clsa', got {self.model_type!r}")
+            raise ConfigError(f"model_type must be 'clsa', got {show(self.model_type)}")
         for name, (low, high) in _BOUNDS.items():
             check_int(name, getattr(self, name), low, high)
         check_float("rms_norm_eps", self.rms_norm_eps, 1e-12, 1.0)
         check_float("rope_theta", self.rope_theta, 1.0, 1e12)
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+            raise ConfigError(f"tie_word_embeddings must be true or false, got {show(self.tie_word_embeddings)}")
         if self.torch_dtype not in DTYPES:
-            raise ConfigError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {self.torch_dtype!r}")
+            raise ConfigError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {show(self.torch_dtype)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -123,21 +130,21 @@ class ModelConfig:
     def _check_layers(self) -> None:
         types, pattern = self.layer_types, self.index_topk_pattern
         if not isinstance(types, (list, tuple)) or len(types) != self.num_hidden_layers:
-            got = len(types) if isinstance(types, (list, tuple)) else repr(types)
+            got = len(types) if isinstance(types, (list, tuple)) else show(types)
             raise ConfigError(f"layer_types must list {self.num_hidden_layers} layers, got {got}")
         object.__setattr__(self, "layer_types", tuple(types))
         for i, kind in enumerate(types):
             if kind not in LAYER_TYPES:
-                raise ConfigError(f"layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {kind!r}")
+                raise ConfigError(f"layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {show(kind)}")
         readers = sum(kind != "sliding_attention" for kind in types)
         if not isinstance(pattern, str) or len(pattern) != readers or set(pattern) - set("FSD"):
             raise ConfigError(
                 f"index_topk_pattern must be a string of {readers} letters F, S or D, one per full or cross "
-                f"layer, got {pattern!r}"
+                f"layer, got {show(pattern)}"
             )
         if "S" in pattern and pattern.find("S") < (pattern.find("F") if "F" in pattern else len(pattern)):
             raise ConfigError(
-                f"index_topk_pattern {pattern!r} shares a selection (S) before any layer computes one (F)"
+                f"index_topk_pattern {show(pattern)} shares a selection (S) before any layer computes one (F)"
             )
         if self.index_topk % self.index_block_size:
             raise ConfigError(
@@ -149,6 +156,8 @@ class ModelConfig:
         if isinstance(eos, list):
             object.__setattr__(self, "eos_token_id", tuple(eos))
         ids: Iterable[object] = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
+        if isinstance(eos, (list, tuple)) and len(eos) > 256:
+            raise ConfigError(f"eos_token_id must be at most 256 ids, got {len(eos)}")
         for name, value in [("bos_token_id", self.bos_token_id), *(("eos_token_id", v) for v in ids)]:
             if value is not None or name == "eos_token_id":
                 check_int(name, value, 0, self.vocab_size - 1)
@@ -170,9 +179,7 @@ class ModelConfig:
             raise ConfigError(f"a model config must be a JSON object, got {type(data).__name__}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(str(k) for k in set(data) - known):
-            raise ConfigError(
-                f"unknown config key {', '.join(map(repr, unknown))}; remove it or check its spelling"
-            )
+            raise ConfigError(f"unknown config key {', '.join(map(repr, unknown))}; remove it or check its spelling")
         required = {f.name for f in fields(cls) if _is_required(f)} | {"model_type"}
         if missing := sorted(required - set(data)):
             raise ConfigError(f"config key {', '.join(map(repr, missing))} is missing")
@@ -205,7 +212,7 @@ def _is_required(f: Any) -> bool:
 
 def _quantization(data: object) -> Quantization:
     if not isinstance(data, Mapping) or set(data) - {"group_size", "bits"}:
-        raise ConfigError(f"quantization must be an object with group_size and bits, got {data!r}")
+        raise ConfigError(f"quantization must be an object with group_size and bits, got {show(data)}")
     return Quantization(**data)
 
 
@@ -270,9 +277,11 @@ class SamplingParams:
         check_int("seed", self.seed, 0, (1 << 63) - 1, RequestError)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, 20, RequestError)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(value, (list, tuple)):
+                raise RequestError(f"{name} must be a list, got {show(value)}")
+            object.__setattr__(self, name, tuple(value))
         if len(stop) > 16 or any(not isinstance(s, str) or not 1 <= len(s) <= 1024 for s in stop):
             raise RequestError("stop must be at most 16 strings of 1 to 1024 characters")
         if len(self.stop_token_ids) > 256:

@@ -33,9 +33,7 @@ class _Rows:
         return _Rows(ops.take(self.x, batch.logits_rows), batch.logits_queries, selection)
 
 
-def forward(
-    ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State
-) -> tuple[Array | None, State]:
+def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State) -> tuple[Array | None, State]:
     """One step: write the state of T tokens, return the logits of the R rows that are wanted.
 
     Returns: logits [R, V] float32 (None if no row is wanted: the walk ends at the prefill exit), and the new
@@ -45,13 +43,9 @@ def forward(
     rows = _Rows(ops.embed(params["embed_tokens"], batch.tokens), batch.queries, None)
     for i, (layer, weights) in enumerate(zip(plan.layers, params["layers"], strict=True)):
         if layer.window is not None:
-            rows, windows[layer.window] = _sliding_layer(
-                ops, weights, plan.config, rows, windows[layer.window], batch
-            )
+            rows, windows[layer.window] = _sliding_layer(ops, weights, plan.config, rows, windows[layer.window], batch)
         elif layer.memory is not None:
-            rows, memories[layer.memory] = _memory_layer(
-                ops, params, plan, i, rows, memories[layer.memory], batch
-            )
+            rows, memories[layer.memory] = _memory_layer(ops, params, plan, i, rows, memories[layer.memory], batch)
         if i == plan.exit_layer:
             if not batch.wants_logits:
                 return None, State(tuple(memories), tuple(windows))

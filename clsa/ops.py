@@ -22,6 +22,7 @@ Rules that hold for every op of every backend:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -169,6 +170,10 @@ class Ops(Protocol):
         """Rows of `x` along the first axis: [T, ...], [R] int32 -> [R, ...]."""
         ...
 
+    def concat(self, arrays: Sequence[Array]) -> Array:
+        """Join along the first axis; all other sizes and the dtypes agree."""
+        ...
+
     def evaluate(self, *values: Any) -> None:
         """Start the computation of arrays inside these values (tuples, dataclasses); a hint for lazy backends."""
         ...
@@ -199,9 +204,7 @@ class Ops(Protocol):
         ...
 
     # -- state ---------------------------------------------------------------------------------------------
-    def new_memory(
-        self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str
-    ) -> Memory:
+    def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
         """An empty memory of at least `rows` rows. A backend may keep rows of its own behind them."""
         ...
 
@@ -209,9 +212,7 @@ class Ops(Protocol):
         """Empty rings for `slots` sequences."""
         ...
 
-    def write_memory(
-        self, memory: Memory, k: Array, v: Array, k_idx: Array | None, slot_mapping: Array
-    ) -> Memory:
+    def write_memory(self, memory: Memory, k: Array, v: Array, k_idx: Array | None, slot_mapping: Array) -> Memory:
         """Put token t at row slot_mapping[t]. k, v [T, G, D], k_idx [T, I] or None."""
         ...
 

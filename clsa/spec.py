@@ -8,6 +8,7 @@ is float64. The letters in shapes are those of `clsa.ops`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 from typing import cast as typing_cast
 
@@ -56,6 +57,10 @@ def itemsize(dtype: str) -> int:
 
 def take(x: Array, rows: Array) -> Array:
     return x[rows]
+
+
+def concat(arrays: Sequence[Array]) -> Array:
+    return np.concatenate(arrays)
 
 
 def evaluate(*values: Any) -> None:
