@@ -249,9 +249,9 @@ class EngineConfig:
 class SamplingParams:
     """How one request is sampled and when it ends. Raises RequestError on values out of bounds.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `repetition_penalty` divides positive
-    and multiplies negative logits of tokens in prompt and answer. `logprobs` n returns the chosen token's and
-    the n best tokens' log-probabilities (of the unmodified distribution). The same `seed` gives the same text
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `repetition_penalty` divides
+    positive and multiplies negative logits of tokens in prompt and answer. `logprobs` n returns the chosen token's
+    and the n best tokens' log-probabilities (of the unmodified distribution). The same `seed` gives the same text
     whatever else runs. `stop` strings end the text before them; `stop_token_ids` are not part of the text.
     """
 

@@ -14,17 +14,15 @@ from typing import cast as typing_cast
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Device, Memory, Ops, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Array, Device, Memory, Ops, Queries, Sampled, SamplingBatch, Selection, Window
 
 name = "numpy"
 device = "cpu (NumPy float64, the specification)"
 
-Array = NDArray[Any]
 _NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
