@@ -1,0 +1,1 @@
+"""Training: the corpus and its tokenizer, the losses, the loop."""
