@@ -65,9 +65,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_documents(
-    tokenizer: Tokenizer, texts: Sequence[str]
-) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     """Each text between `<|bos|>` and `<|eos|>`, one after the other.
 
     Returns tokens uint16 [n] and offsets int64 [len(texts) + 1]; document i is

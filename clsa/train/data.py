@@ -28,9 +28,7 @@ from clsa.train.sources import Document, find_files, read_documents, stdlib_file
 SPLITS = ("train", "held_out")
 
 
-def build_corpus(
-    out: Path, root: Path | None = None, glob: str = "*.py", vocab_size: int = 4096
-) -> dict[str, Any]:
+def build_corpus(out: Path, root: Path | None = None, glob: str = "*.py", vocab_size: int = 4096) -> dict[str, Any]:
     """Collect, split, train the tokenizer on the train side, encode, and write all of it into `out`.
 
     Writes the three tokenizer files, `train.safetensors` and `held_out.safetensors` (tokens U16 [n], offsets
@@ -43,13 +41,9 @@ def build_corpus(
     splits = {name: [d for d in documents if d.held_out == (name == "held_out")] for name in SPLITS}
     for name, part in splits.items():
         if not part:
-            raise TrainError(
-                f"{folder} gives {len(documents)} documents and none of them is {name}; use more files"
-            )
+            raise TrainError(f"{folder} gives {len(documents)} documents and none of them is {name}; use more files")
     tokenizer = bpe.train_tokenizer([d.render() for d in splits["train"]], vocab_size)
-    encoded = {
-        name: bpe.encode_documents(tokenizer, [d.render() for d in part]) for name, part in splits.items()
-    }
+    encoded = {name: bpe.encode_documents(tokenizer, [d.render() for d in part]) for name, part in splits.items()}
 
     from safetensors.numpy import save_file
 
@@ -63,9 +57,7 @@ def build_corpus(
             "python": platform.python_version(),
             "vocab_size": vocab_size,
             "skipped": dict(sorted(skipped.items())),
-            "sha256": {
-                f: _sha256(out / f) for f in ("tokenizer.json", *(f"{name}.safetensors" for name in SPLITS))
-            },
+            "sha256": {f: _sha256(out / f) for f in ("tokenizer.json", *(f"{name}.safetensors" for name in SPLITS))},
             **{name: _describe(part, encoded[name][1]) for name, part in splits.items()},
         }
         (out / "corpus.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -87,8 +79,7 @@ def _describe(documents: Sequence[Document], offsets: NDArray[np.int64]) -> dict
         "bytes": sum(sizes),
         "tokens": sum(lengths),
         "files": [
-            {"path": d.path, "bytes": size, "tokens": n}
-            for d, size, n in zip(documents, sizes, lengths, strict=True)
+            {"path": d.path, "bytes": size, "tokens": n} for d, size, n in zip(documents, sizes, lengths, strict=True)
         ],
     }
 
@@ -107,9 +98,7 @@ def load_split(folder: Path, name: str) -> tuple[NDArray[np.uint16], NDArray[np.
         ) from error
     tokens, offsets = arrays.get("tokens"), arrays.get("offsets")
     if tokens is None or offsets is None or tokens.dtype != np.uint16 or offsets.dtype != np.int64:
-        raise TrainError(
-            f"{path} must hold tokens (U16) and offsets (I64); write it with python -m clsa.train.data"
-        )
+        raise TrainError(f"{path} must hold tokens (U16) and offsets (I64); write it with python -m clsa.train.data")
     _check_offsets(tokens, offsets)
     return tokens, offsets
 
@@ -152,9 +141,7 @@ class Batches(Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]):
         order = rng.permutation(len(self._offsets) - 1)
         self._stream = np.concatenate([self._tokens[self._offsets[i] : self._offsets[i + 1]] for i in order])
         phase = int(rng.integers(self._seq_len))
-        starts = np.arange(
-            phase, len(self._stream) - self._seq_len, self._seq_len
-        )  # the last target is in the stream
+        starts = np.arange(phase, len(self._stream) - self._seq_len, self._seq_len)  # the last target is in the stream
         windows = rng.permutation(starts)
         self._windows = windows[: len(windows) // self._batch * self._batch].reshape(-1, self._batch)
         self._epoch, self._index = epoch, 0
@@ -204,9 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for name in SPLITS
     }
-    print(
-        json.dumps({"out": str(args.out), "vocab_size": args.vocab, "skipped": report["skipped"]} | summary)
-    )
+    print(json.dumps({"out": str(args.out), "vocab_size": args.vocab, "skipped": report["skipped"]} | summary))
     return 0
 
 

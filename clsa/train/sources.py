@@ -102,9 +102,7 @@ def read_documents(root: Path, files: Sequence[Path]) -> tuple[list[Document], C
     root = root.resolve()
     sizes = {file: file.stat().st_size for file in files}
     if (total := sum(size for size in sizes.values() if size <= MAX_FILE_BYTES)) > MAX_CORPUS_BYTES:
-        raise TrainError(
-            f"the corpus has {total} bytes, more than {MAX_CORPUS_BYTES}; narrow --root or --glob"
-        )
+        raise TrainError(f"the corpus has {total} bytes, more than {MAX_CORPUS_BYTES}; narrow --root or --glob")
     documents: dict[str, Document] = {}  # by text
     skipped: Counter[str] = Counter()
     for file in files:

@@ -81,9 +81,7 @@ def test_the_standard_library_is_code_and_nothing_else() -> None:
     root = Path(json.__file__).parents[1]
     names = {f.relative_to(root.resolve()).as_posix() for f in stdlib_files()}
     assert {"json/decoder.py", "argparse.py", "encodings/cp1252.py"} <= names
-    assert not [
-        n for n in names if "site-packages" in n or n.startswith(("lib2to3/tests/data", "_sysconfigdata"))
-    ]
+    assert not [n for n in names if "site-packages" in n or n.startswith(("lib2to3/tests/data", "_sysconfigdata"))]
     kept = texts(root, [root / n for n in ("argparse.py", "encodings/cp1252.py", "stringprep.py")])
     assert list(kept) == ["argparse.py"]
 
@@ -214,7 +212,7 @@ def test_epochs_and_seeds_differ() -> None:
     tokens, offsets = corpus([40] * 20)
     make = lambda seed: data.Batches(tokens, offsets, seq_len=16, batch=4, seed=seed)  # noqa: E731
     one, same, other = make(1), make(1), make(2)
-    first = next(one)[0]
+    first = second = next(one)[0]
     assert np.array_equal(first, next(same)[0])
     assert not np.array_equal(first, next(other)[0])
     while one.state()["epoch"] == 0:
