@@ -66,9 +66,7 @@ NO_CUDA = ("cuda", "nvidia", False, "no driver was found")
 
 
 def test_listing_is_best_first(install: Install) -> None:
-    install(
-        other=toy("other", CPU), numpy=toy("numpy", CPU), cuda=toy("cuda", NO_CUDA, CPU), mlx=toy("mlx", CPU)
-    )
+    install(other=toy("other", CPU), numpy=toy("numpy", CPU), cuda=toy("cuda", NO_CUDA, CPU), mlx=toy("mlx", CPU))
     assert [info.name for info in backends()] == ["mlx", "cuda", "numpy", "other"]
     assert backends()[1] == BackendInfo("cuda", (Device(*NO_CUDA), Device(*CPU)))
 
