@@ -1,0 +1,112 @@
+"""`TorchOps`: every function of `clsa.ops.Ops` on one torch device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from clsa.hostmemory import host_memory_stats
+from clsa.ops import Memory, Window
+from clsa_cuda import plain, state
+from clsa_cuda.dense_attention import dense_attention
+from clsa_cuda.gather_attention import gather_attention
+from clsa_cuda.sample import sample
+from clsa_cuda.select import select, take_selection
+from clsa_cuda.sliding_attention import sliding_attention
+
+_PINNED_BYTES = 1 << 16  # a step's integers; the few large arrays (weights) are not worth page-locking
+
+
+def _exact_matmul() -> None:
+    """Ask torch for matrix products as precise as the protocol promises, in the whole process.
+
+    TF32 keeps 10 bits of a float32, which changes what the index selects; the 16-bit settings let a product that is
+    split over K be summed in 16 bits.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+class TorchOps:
+    """An `Ops` bound to a device ("cpu" or "cuda:N"). Arrays are `torch.Tensor`."""
+
+    name = "cuda"
+
+    def __init__(self, device: str) -> None:
+        _exact_matmul()
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            self.device = f"{torch.cuda.get_device_name(self._device)} ({device})"
+        else:
+            self.device = f"cpu (torch {torch.__version__}, {torch.get_num_threads()} threads)"
+
+    def asarray(self, x: np.ndarray, dtype: str | None = None) -> Tensor:
+        tensor = _host_tensor(x)
+        if dtype is not None:
+            tensor = tensor.to(plain.DTYPES[dtype])
+        if self._device.type == "cuda" and tensor.nbytes <= _PINNED_BYTES:
+            return tensor.pin_memory().to(self._device, non_blocking=True)  # pageable memory would wait
+        return tensor.to(self._device)
+
+    def to_numpy(self, x: Tensor) -> np.ndarray:
+        x = x.detach()
+        return np.array(
+            (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+        )  # never a view of the state
+
+    def evaluate(self, *values: Any) -> None:
+        """Nothing to do: torch starts each operation when it is called."""
+
+    def memory_stats(self) -> dict[str, int]:
+        if self._device.type == "cpu":
+            return host_memory_stats()
+        free, total = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return {"total": total, "free": free + cached, "peak": torch.cuda.max_memory_allocated(self._device)}
+
+    def new_memory(
+        self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str
+    ) -> Memory:
+        k_idx = None if index_dim is None else self._rows(rows, index_dim, dtype=dtype)
+        k, v = (self._rows(rows, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        return Memory(k, v, k_idx)
+
+    def new_window(self, slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
+        k, v = (self._rows(slots * window, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        return Window(k, v, window)
+
+    def _rows(self, rows: int, *shape: int, dtype: str) -> Tensor:
+        return state.empty_rows(rows, *shape, dtype=plain.DTYPES[dtype], device=self._device)
+
+    cast = staticmethod(plain.cast)
+    itemsize = staticmethod(plain.itemsize)
+    take = staticmethod(plain.take)
+    concat = staticmethod(plain.concat)
+    embed = staticmethod(plain.embed)
+    linear = staticmethod(plain.linear)
+    rms_norm = staticmethod(plain.rms_norm)
+    rope = staticmethod(plain.rope)
+    swiglu = staticmethod(plain.swiglu)
+    write_memory = staticmethod(state.write_memory)
+    write_window = staticmethod(state.write_window)
+    copy_window = staticmethod(state.copy_window)
+    select = staticmethod(select)
+    take_selection = staticmethod(take_selection)
+    gather_attention = staticmethod(gather_attention)
+    dense_attention = staticmethod(dense_attention)
+    sliding_attention = staticmethod(sliding_attention)
+    sample = staticmethod(sample)
+
+
+def _host_tensor(x: np.ndarray) -> Tensor:
+    """A tensor of its own: the caller may change or unmap `x`, and memory-mapped weights are read-only."""
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.array(x, order="C").view(np.int16)).view(torch.bfloat16)
+    if x.dtype.kind == "u" and x.dtype.itemsize > 1:
+        return torch.from_numpy(x.astype(np.int64))  # torch has no arithmetic on uint16 and uint32
+    return torch.from_numpy(np.array(x, dtype=np.float32 if x.dtype == np.float64 else x.dtype, order="C"))

@@ -1,0 +1,67 @@
+"""The plain functions of the model, and moving arrays: see `clsa.ops.Ops` for shapes and meaning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+}
+
+
+def cast(x: Tensor, dtype: str) -> Tensor:
+    return x.to(DTYPES[dtype])
+
+
+def itemsize(dtype: str) -> int:
+    return DTYPES[dtype].itemsize
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(0, rows)
+
+
+def concat(arrays: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(arrays))
+
+
+def embed(weight: Tensor, tokens: Tensor) -> Tensor:
+    # -1 is what `sample` gives where there is nothing to sample from. A step may run before the host has seen it,
+    # and an index out of range on a GPU would end the process.
+    return F.embedding(tokens.clamp(min=0), weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    return torch.pow(theta, -exponents).float().to(device)
+
+
+def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    half = x.shape[-1] // 2
+    angles = positions[:, None, None].float() * _frequencies(half, theta, x.device)  # [T, 1, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x[..., :half].float(), x[..., half:].float()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
