@@ -111,8 +111,9 @@ class ModelConfig:
             raise ConfigError(f"model_type must be 'clsa', got {show(self.model_type)}")
         for name, (low, high) in _BOUNDS.items():
             check_int(name, getattr(self, name), low, high)
-        check_float("rms_norm_eps", self.rms_norm_eps, 1e-12, 1.0)
-        check_float("rope_theta", self.rope_theta, 1.0, 1e12)
+        for name, low_float, high_float in (("rms_norm_eps", 1e-12, 1.0), ("rope_theta", 1.0, 1e12)):
+            value = check_float(name, getattr(self, name), low_float, high_float)
+            object.__setattr__(self, name, value)
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings must be true or false, got {show(self.tie_word_embeddings)}")
         if self.torch_dtype not in DTYPES:
@@ -177,18 +178,17 @@ class ModelConfig:
         """Build from the parsed JSON object. Unknown and missing keys are refused by name."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"a model config must be a JSON object, got {type(data).__name__}")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(str(k) for k in set(data) - known):
-            raise ConfigError(f"unknown config key {', '.join(map(repr, unknown))}; remove it or check its spelling")
+        if (model_type := data.get("model_type")) not in (None, "clsa"):
+            raise ConfigError(f"model_type must be 'clsa', got {show(model_type)}")
+        if unknown := sorted(show(k) for k in set(data) - {f.name for f in fields(cls)}):
+            names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise ConfigError(f"unknown config key {names}; remove it or check its spelling")
         required = {f.name for f in fields(cls) if _is_required(f)} | {"model_type"}
         if missing := sorted(required - set(data)):
             raise ConfigError(f"config key {', '.join(map(repr, missing))} is missing")
         values = dict(data)
         if (quantization := values.get("quantization")) is not None:
             values["quantization"] = _quantization(quantization)
-        for name in ("rms_norm_eps", "rope_theta"):
-            if isinstance(values.get(name), int) and not isinstance(values[name], bool):
-                values[name] = float(values[name])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
