@@ -1,0 +1,241 @@
+"""`clsa generate`: one prompt in, text out; or a file of requests in, a file of results out."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from clsa import ClsaError, RequestError
+from clsa.config import EngineConfig, SamplingParams
+from clsa_cli import options, output
+
+if TYPE_CHECKING:
+    from clsa.llm import LLM
+    from clsa.outputs import Piece
+
+MAX_PROMPT_BYTES = 1 << 26
+_WORK, _SHOW = "Work", "Output"
+
+
+def generate(
+    model: options.Model = "demo",
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue; - reads it from stdin.", rich_help_panel=_WORK)
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="A batch instead: requests in the OpenAI batch form, a JSON object per line.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    output_: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Where results of --input are appended; what it already holds is not run again.",
+            dir_okay=False,
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    max_tokens: options.MaxTokens = 256,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = 0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: each token's log-probability and this many best; no speeds then.", rich_help_panel=_SHOW
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=_SHOW)
+    ] = False,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Then say on stderr how fast it was and what it read.", rich_help_panel=_SHOW),
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print the text only when it is whole.", rich_help_panel=_SHOW)
+    ] = False,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Continue a text, or run a batch of requests from a file."""
+    params = options.sampling(
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        logprobs=logprobs,
+    )
+    if logprobs is not None and (not json or report or input is not None):
+        raise RequestError("--logprobs needs --json and --prompt, and goes without --report")
+    if input is not None or output_ is not None:
+        if input is None or output_ is None or prompt is not None:
+            raise RequestError("a batch takes --input and --output, and no --prompt")
+        from clsa_cli.batch import Batch
+
+        batch = Batch(input, output_)
+        with options.opened(model, backend, device, dtype) as llm:
+            summary = batch.run(llm, model, params)
+        output.note(
+            f"{output_}: {output.count(summary.completed, 'answer')}, {output.count(summary.failed, 'error')}, "
+            f"{summary.skipped:,} there before"
+        )
+        if json:
+            output.write_json(asdict(summary))
+        return
+    if prompt is None:
+        raise RequestError("give --prompt TEXT, --prompt - for stdin, or --input FILE --output FILE")
+    text = check_text(read_stdin() if prompt == "-" else prompt)
+    with options.opened(model, backend, device, dtype, EngineConfig(max_num_seqs=1)) as llm:
+        if report and not json:
+            output.echo_prompt(text)
+        answer = (
+            _run(llm, text, params, show=not json, stream=not no_stream)
+            if logprobs is None
+            else _run_with_logprobs(llm, text, params)
+        )
+        if json:
+            output.write_json(answer | _setting(llm, model, params))
+        if report:
+            _report(llm, answer)
+
+
+def read_stdin() -> str:
+    """All of stdin as UTF-8 text. Raises RequestError if it is something else or too much."""
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise RequestError(f"stdin is larger than {MAX_PROMPT_BYTES} bytes, the longest prompt; shorten it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def check_text(text: str) -> str:
+    """`text` if it is a prompt. Raises RequestError if it is empty or was not UTF-8."""
+    if not text:
+        raise RequestError("the prompt is empty; give at least one character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not UTF-8 text: bad character at {error.start}") from None
+    return text
+
+
+def _run(llm: LLM, prompt: str, params: SamplingParams, *, show: bool, stream: bool) -> dict[str, Any]:
+    parts: list[str] = []
+    last: Piece | None = None
+    try:
+        with contextlib.closing(cast("Generator[Piece, None, None]", llm.stream(prompt, params))) as pieces:
+            for last in pieces:
+                parts.append(last.text)
+                if show and stream:
+                    output.write(last.text)
+    finally:
+        if show:
+            text = "".join(parts)
+            output.write(("" if stream else text) + ("" if text.endswith("\n") else "\n"))
+    assert last is not None, "a stream has a last piece"
+    return {
+        "text": "".join(parts),
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
+        "generation_tokens": last.generation_tokens,
+        "prompt_tps": last.prompt_tps,
+        "generation_tps": last.generation_tps,
+        "peak_memory": last.peak_memory,
+    }
+
+
+def _run_with_logprobs(llm: LLM, prompt: str, params: SamplingParams) -> dict[str, Any]:
+    """The same keys, without speeds, which only a stream measures, and with what each token stood among."""
+    answer = llm.generate(prompt, params)[0]
+    if answer.error is not None:
+        raise ClsaError(answer.error)
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "generation_tokens": len(answer.token_ids),
+        "prompt_tps": None,
+        "generation_tps": None,
+        "peak_memory": None,
+        "logprobs": [{"token": item.token, "logprob": item.logprob, "top": item.top} for item in answer.logprobs or []],
+    }
+
+
+def _setting(llm: LLM, model: str, params: SamplingParams) -> dict[str, Any]:
+    return {
+        "backend": llm.backend,
+        "device": llm.device,
+        "dtype": llm.dtype,
+        "model": model,
+        "seed": params.seed,
+    }
+
+
+def _report(llm: LLM, answer: dict[str, Any]) -> None:
+    from clsa.params import state_bytes_per_token, transformer_bytes_per_token, window_bytes
+
+    config = llm.config
+    state, other = state_bytes_per_token(config, llm.dtype), transformer_bytes_per_token(config, llm.dtype)
+    prompt, cached = answer["prompt_tokens"], answer["cached_tokens"]
+    rows = [
+        ("backend", llm.why),
+        ("prompt", f"{output.count(prompt, 'token')} ({cached:,} cached), {answer['prompt_tps']:,.1f} tokens/s"),
+        (
+            "generation",
+            f"{output.count(answer['generation_tokens'], 'token')} ({answer['finish_reason']}), "
+            f"{answer['generation_tps']:,.1f} tokens/s",
+        ),
+        ("state", f"{state:,} bytes per token; a Transformer of these sizes keeps {other:,}"),
+        ("windows", f"{output.size(window_bytes(config, llm.dtype))} per sequence, however long it is"),
+        ("reads", reads(config.index_topk_pattern, config.index_topk, prompt, answer["generation_tokens"])),
+        ("peak memory", output.size(answer["peak_memory"])),
+    ]
+    output.facts(rows, stderr=True)
+
+
+def reads(pattern: str, index_topk: int, prompt_tokens: int, generation_tokens: int) -> str:
+    """How many tokens each step read in the layers that read a memory, out of how many it saw.
+
+    The step that makes token j of the answer stands at position `prompt_tokens - 1 + j` and sees that many and one.
+    """
+    seen = range(prompt_tokens, prompt_tokens + generation_tokens)
+    dense, sparse = pattern.count("D"), len(pattern) - pattern.count("D")
+    if not seen or not pattern:
+        return "no step read a memory"
+    if not sparse:
+        return f"every step read all it saw, at last {output.count(seen[-1], 'token')}, in {_layers(dense)}"
+    read = [min(index_topk, n) for n in seen]
+    text = (
+        f"the last step read {read[-1]:,} of the {output.count(seen[-1], 'token')} it saw, in {_layers(sparse)}; "
+        f"all steps {sum(read):,} of {sum(seen):,} ({sum(read) / sum(seen):.0%})"
+    )
+    return text + (f"; {_layers(dense)} read all" if dense else "")
+
+
+def _layers(number: int) -> str:
+    return output.count(number, "layer")

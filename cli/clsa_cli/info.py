@@ -1,0 +1,130 @@
+"""`clsa info`: what a checkpoint is, what its state costs, and what each backend would do here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clsa import BackendError, CheckpointError, ModelConfig, __version__
+from clsa_cli import options, output
+
+if TYPE_CHECKING:
+    from clsa.backend import BackendInfo
+    from clsa.checkpoint import Checkpoint
+
+
+def info(
+    model: Annotated[
+        str | None, typer.Option(help="A bundled name, a folder, or a hub id (org/name).  [default: demo]")
+    ] = None,
+    backend: options.Backend = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Show a model's sizes and what its state costs, and what each backend would do on this machine."""
+    facts = {"version": __version__, "model": _model(model), **_backends(backend)}
+    if json:
+        output.write_json(facts)
+    else:
+        _show(facts)
+
+
+def _model(name: str | None) -> dict[str, Any] | None:
+    from clsa.checkpoint import open_checkpoint
+    from clsa.hub import resolve
+
+    try:
+        folder = resolve(name or "demo")
+    except CheckpointError as error:
+        if name is not None:
+            raise
+        output.note(f"no model: {error}")
+        return None
+    return _sizes(name or "demo", folder, open_checkpoint(folder))
+
+
+def _sizes(name: str, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    from clsa import params
+
+    config = checkpoint.config
+    dtype = config.torch_dtype
+    return {
+        "name": name,
+        "folder": str(folder),
+        "config": config.to_dict(),
+        "parameters": params.num_parameters(config),
+        "weight_bytes": checkpoint.num_bytes,
+        "dtype": dtype,
+        "state_bytes_per_token": params.state_bytes_per_token(config, dtype),
+        "transformer_bytes_per_token": params.transformer_bytes_per_token(config, dtype),
+        "window_bytes_per_sequence": params.window_bytes(config, dtype),
+        "context": config.max_position_embeddings,
+    }
+
+
+def _backends(name: str) -> dict[str, Any]:
+    from clsa.backend import backends, load_backend
+
+    found = backends()
+    if name != "auto" and name not in {b.name for b in found}:
+        raise BackendError(f"backend must be 'auto' or one of {', '.join(b.name for b in found)}, got {name!r}")
+    listed = [_backend(b) for b in found if name in ("auto", b.name)]
+    try:
+        choice, refusal = load_backend(name)[1], None
+    except BackendError as error:
+        choice, refusal = None, str(error)
+    return {"backends": listed, "choice": choice, "refusal": refusal}
+
+
+def _backend(found: BackendInfo) -> dict[str, Any]:
+    devices = [{"name": d.name, "kind": d.kind, "usable": d.usable, "reason": d.reason} for d in found.devices]
+    return {"name": found.name, "devices": devices, "error": found.error}
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    if facts["model"] is not None:
+        output.facts(_model_rows(facts["model"]))
+        output.write("\n")
+    table = Table(
+        "backend", "device", "usable", "what it is, or why not", box=None, header_style="bold", pad_edge=False
+    )
+    for found in facts["backends"]:
+        for device in found["devices"]:
+            usable = "yes" if device["usable"] else "no"
+            table.add_row(found["name"], device["name"], usable, output.one_line(device["reason"]))
+        if found["error"] is not None:
+            table.add_row(found["name"], "-", "no", output.one_line(found["error"]))
+    output.console().print(table)
+    if facts["choice"] is not None:
+        output.write(f"\nwould run: {output.one_line(facts['choice'])}\n")
+    else:
+        output.error(facts["refusal"])
+
+
+def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
+    config = ModelConfig.from_dict(model["config"])
+    state, other = model["state_bytes_per_token"], model["transformer_bytes_per_token"]
+    kinds = [f"{config.layer_types.count(kind)} {kind}" for kind in dict.fromkeys(config.layer_types)]
+    index = f"best {config.index_topk:,} tokens, index width {config.index_head_dim}"
+    if config.index_block_size > 1:
+        index += f", in blocks of {config.index_block_size}"
+    return [
+        ("model", f"{model['name']} ({model['folder']})"),
+        ("parameters", f"{model['parameters']:,}"),
+        ("weights", f"{output.size(model['weight_bytes'])}, {model['dtype']}"),
+        ("context", output.count(model["context"], "token")),
+        ("layers", f"{config.num_hidden_layers}: {', '.join(kinds)}"),
+        ("routing", f"{config.index_topk_pattern or 'none'}; {index}"),
+        ("width", f"{config.hidden_size:,}, feed-forward {config.intermediate_size:,}"),
+        (
+            "heads",
+            f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value, "
+            f"{config.head_dim} wide; window {config.sliding_window:,}",
+        ),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("state", f"{state:,} bytes per token; a Transformer of these sizes keeps {other:,}"),
+        ("windows", f"{output.size(model['window_bytes_per_sequence'])} per sequence, however long it is"),
+    ]

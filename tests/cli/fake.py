@@ -1,0 +1,107 @@
+"""A model that needs no weights: it says what it is told to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clsa import ModelConfig, RequestError, SamplingParams
+from clsa.outputs import Piece, RequestOutput, TokenLogprob
+
+CONFIG = ModelConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    layer_types=("sliding_attention", "sliding_attention", "cross_attention", "cross_attention"),
+    index_topk_pattern="FS",
+    index_topk=8,
+    index_head_dim=8,
+    sliding_window=16,
+    max_position_embeddings=512,
+    torch_dtype="float32",
+)
+
+
+class FakeTokenizer:
+    has_chat_template = True
+
+    def encode_chat(self, messages: Any) -> list[int]:
+        if not isinstance(messages, list) or not messages:
+            raise RequestError(f"messages must be a list, got {messages!r}")
+        return [len(message["content"]) for message in messages]
+
+
+class FakeLLM:
+    """`say` are the pieces of every answer. A prompt that holds "refuse" is refused, "fail" fails."""
+
+    backend, device, dtype = "fake", "cpu (pretended)", "float32"
+    why = "fake on cpu (pretended) (it is the only one)"
+    config = CONFIG
+
+    def __init__(self, say: Sequence[str] = ("Hello", " world"), delay: float = 0.0) -> None:
+        self.say, self.delay = list(say), delay
+        self.tokenizer = FakeTokenizer()
+        self.asked: list[Any] = []
+        self.params: list[SamplingParams] = []
+        self.batches: list[int] = []
+        self.loaded_with: tuple[Any, ...] = ()
+        self.cancelled = self.closed = False
+
+    def load(self, *args: Any, **kwargs: Any) -> FakeLLM:
+        self.loaded_with = (*args, kwargs)
+        return self
+
+    def close(self) -> None:
+        self.closed = True
+
+    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Piece]:
+        self._note(prompt, params)
+        return self._pieces(9 + len(self.asked))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams, *, stream: bool) -> Iterator[Piece]:
+        assert stream
+        self._note([dict(message) for message in messages], params)
+        return self._pieces(10 * len(messages))
+
+    def generate(self, prompts: Any, params: Any) -> list[RequestOutput]:
+        if isinstance(prompts, str):
+            prompts, params = [prompts], [params]
+        if refused := [prompt for prompt in prompts if "refuse" in str(prompt)]:
+            raise RequestError(f"the prompt {refused[0]!r} is refused")
+        self.batches.append(len(prompts))
+        for prompt, p in zip(prompts, params, strict=True):
+            self._note(prompt, p)
+        return [self._output(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+
+    def _note(self, prompt: Any, params: SamplingParams) -> None:
+        if "refuse" in str(prompt):
+            raise RequestError(f"the prompt {prompt!r} is refused")
+        self.asked.append(prompt)
+        self.params.append(params)
+
+    def _output(self, prompt: Any, params: SamplingParams) -> RequestOutput:
+        failed = "fail" in str(prompt)
+        logprobs = [TokenLogprob(7, -0.5, ((7, -0.5), (8, float("-inf"))))] * len(self.say)
+        return RequestOutput(
+            text="" if failed else "".join(self.say),
+            token_ids=list(range(len(self.say))),
+            finish_reason="error" if failed else "stop",
+            prompt_tokens=5,
+            cached_tokens=2,
+            logprobs=None if params.logprobs is None else logprobs,
+            error="the step failed" if failed else None,
+        )
+
+    def _pieces(self, prompt_tokens: int) -> Iterator[Piece]:
+        try:
+            for i, text in enumerate(self.say):
+                time.sleep(self.delay)
+                last = i == len(self.say) - 1
+                yield Piece(text, i, -0.5, prompt_tokens, 4, 100.0, i + 1, 50.0, 12_000_000, "stop" if last else None)
+        finally:
+            self.cancelled = True
