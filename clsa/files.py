@@ -39,12 +39,13 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a file of at most `limit` bytes. Raises CheckpointError on larger and unreadable ones."""
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            size = file.seek(0, 2)
+            if size > limit:
+                raise CheckpointError(f"{path} has {size} bytes; at most {limit} are read of such a file")
+            file.seek(0)
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > limit:
-        raise CheckpointError(f"{path} is larger than {limit} bytes, the most such a file may have")
-    return data
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
