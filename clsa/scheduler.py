@@ -190,6 +190,10 @@ class Scheduler:
             self._leave(request)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def has_work(self) -> bool:
         """Whether a request has not finished or a plan has not been completed."""
         return bool(self._requests or self._outstanding)

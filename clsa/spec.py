@@ -42,7 +42,7 @@ def asarray(x: np.ndarray, dtype: str | None = None) -> Array:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    return x.astype(np.float32) if x.dtype == np.float64 else x
+    return np.asarray(x, np.float32 if x.dtype == np.float64 else None)
 
 
 def cast(x: Array, dtype: str) -> Array:
@@ -207,9 +207,11 @@ def sliding_attention(q: Array, k: Array, v: Array, window: Window, queries: Que
         first = queries.positions[start]  # of this chunk; everything before it is in the ring
         for t in range(start, stop):
             position = queries.positions[t]
+            if position < 0:
+                continue
             oldest = max(0, position - window.size + 1)
             ring = queries.window_slots[b] * window.size + np.arange(oldest, first) % window.size
-            chunk = np.arange(start + max(0, oldest - first), t + 1) if position >= 0 else np.arange(0)
+            chunk = np.arange(start + max(0, oldest - first), t + 1)
             seen_k = np.concatenate([window.k[ring], k[chunk]])
             seen_v = np.concatenate([window.v[ring], v[chunk]])
             out[t] = attend(q[t], seen_k, seen_v)
