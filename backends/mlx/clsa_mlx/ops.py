@@ -1,0 +1,147 @@
+"""The ops of `clsa.ops.Ops` on MLX arrays. `clsa_mlx.backend.open(device)` sets the device they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+from clsa.hostmemory import host_memory_stats
+from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
+from clsa_mlx.fused import fused, on_gpu
+from clsa_mlx.sample import sample
+from clsa_mlx.select import select, take_selection
+from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, write_memory, write_window
+
+name = "mlx"
+device = "cpu (MLX)"
+
+
+# -- arrays ------------------------------------------------------------------------------------------------
+
+
+def asarray(x: np.ndarray, dtype: str | None = None) -> mx.array:
+    x = np.asarray(x, order="C")  # MLX takes no negative strides
+    is_bfloat16 = x.dtype == ml_dtypes.bfloat16
+    array = mx.array(x.view(np.uint16)).view(mx.bfloat16) if is_bfloat16 else mx.array(x)
+    return array if dtype is None else array.astype(DTYPES[dtype])
+
+
+def to_numpy(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+
+def cast(x: mx.array, dtype: str) -> mx.array:
+    return x.astype(DTYPES[dtype])
+
+
+def itemsize(dtype: str) -> int:
+    return int(DTYPES[dtype].size)
+
+
+def take(x: mx.array, rows: mx.array) -> mx.array:
+    return x[rows]
+
+
+def concat(arrays: Sequence[mx.array]) -> mx.array:
+    return mx.concatenate(list(arrays))
+
+
+def evaluate(*values: Any) -> None:
+    mx.async_eval(*_arrays(values))
+
+
+def _arrays(value: Any) -> Iterator[mx.array]:
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _arrays(item)
+    elif isinstance(value, dict):
+        yield from _arrays(list(value.values()))
+    elif is_dataclass(value):
+        yield from _arrays([getattr(value, field.name) for field in fields(value)])
+
+
+def memory_stats() -> dict[str, int]:
+    if not on_gpu():
+        return host_memory_stats()
+    info = mx.device_info(mx.gpu)
+    limit = int(info.get("max_recommended_working_set_size", info["memory_size"]))
+    return {
+        "total": int(info["memory_size"]),
+        "free": max(0, limit - mx.get_active_memory()),
+        "peak": mx.get_peak_memory(),
+    }
+
+
+# -- the model's plain functions ---------------------------------------------------------------------------
+
+
+def embed(weight: mx.array, tokens: mx.array) -> mx.array:
+    # MLX reads out of bounds without a word, and a row without a token has id -1.
+    return weight[mx.clip(tokens, 0, weight.shape[0] - 1)]
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
+    # mx.fast.rope would take the positions as offsets, but its kernel uses fast sines, which drift at large angles.
+    half = x.shape[-1] // 2
+    angles = positions.astype(mx.float32)[:, None, None] * _frequencies(half, theta)  # [T, 1, D / 2]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    first, second = x[..., :half], x[..., half:]  # float32 below: the angles are
+    rotated = mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(half: int, theta: float) -> mx.array:
+    return mx.array((theta ** (-np.arange(half) / half)).astype(np.float32))
+
+
+@fused
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+__all__ = [
+    "asarray",
+    "cast",
+    "concat",
+    "copy_window",
+    "dense_attention",
+    "device",
+    "embed",
+    "evaluate",
+    "gather_attention",
+    "itemsize",
+    "linear",
+    "memory_stats",
+    "name",
+    "new_memory",
+    "new_window",
+    "rms_norm",
+    "rope",
+    "sample",
+    "select",
+    "sliding_attention",
+    "swiglu",
+    "take",
+    "take_selection",
+    "to_numpy",
+    "write_memory",
+    "write_window",
+]

@@ -1,0 +1,78 @@
+"""Memories and windows: rows of K, V and K_idx that are written in place.
+
+Behind the rows that were asked for lie two of our own: the zero row, never written, which stands in wherever a query
+sees nothing (what is masked is multiplied by zero, so it has to be finite), and the last row, which takes what a
+mapping of -1 discards.
+
+A write costs its own rows and no copy of the buffer, as long as nothing else holds the buffer when MLX reaches the
+write: earlier readers must have run. The ops do their part by assigning to the array they were given, so an old
+Memory or Window that somebody keeps does not hold the old buffer; a caller must not keep slices or reshaped views of
+it, and should pass the new state to `evaluate` together with the results of the step.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from clsa.config import PAGE_SIZE
+from clsa.errors import BackendError
+from clsa.ops import Memory, Window
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "int32": mx.int32}
+
+
+def zero_row(rows: mx.array) -> int:
+    """The row of a memory or window that is all zeros."""
+    return int(rows.shape[0]) - 2
+
+
+def new_memory(rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
+    rows = (-(-rows // PAGE_SIZE) + 1) * PAGE_SIZE  # whole pages, and one of our own
+    shape = (rows, kv_heads, head_dim)
+    k_idx = None if index_dim is None else _zeros((rows, index_dim), dtype)
+    return Memory(_zeros(shape, dtype), _zeros(shape, dtype), k_idx)
+
+
+def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
+    shape = (slots * window + 2, kv_heads, head_dim)
+    return Window(_zeros(shape, dtype), _zeros(shape, dtype), window)
+
+
+def write_memory(memory: Memory, k: mx.array, v: mx.array, k_idx: mx.array | None, slot_mapping: mx.array) -> Memory:
+    rows = _targets(memory.k, slot_mapping)
+    memory.k[rows] = k
+    memory.v[rows] = v
+    if memory.k_idx is not None and k_idx is not None:
+        memory.k_idx[rows] = k_idx
+    return memory
+
+
+def write_window(window: Window, k: mx.array, v: mx.array, ring_mapping: mx.array) -> Window:
+    rows = _targets(window.k, ring_mapping)
+    window.k[rows] = k
+    window.v[rows] = v
+    return window
+
+
+def copy_window(window: Window, source: mx.array, target: mx.array) -> Window:
+    offsets = mx.arange(window.size, dtype=mx.int32)
+    source_rows = (source[:, None] * window.size + offsets).reshape(-1)
+    target_rows = (target[:, None] * window.size + offsets).reshape(-1)
+    window.k[target_rows] = window.k[source_rows]
+    window.v[target_rows] = window.v[source_rows]
+    return window
+
+
+def _targets(buffer: mx.array, mapping: mx.array) -> mx.array:
+    return mx.where(mapping < 0, buffer.shape[0] - 1, mapping)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> mx.array:
+    zeros = mx.zeros(shape, DTYPES[dtype])
+    try:
+        mx.eval(zeros)  # now, so that a lack of memory shows here and not in a step
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"MLX cannot allocate {zeros.nbytes / 1e9:.1f} GB of state ({error}); ask for a smaller memory"
+        ) from error
+    return zeros
