@@ -18,8 +18,10 @@ from typer.core import TyperGroup
 from clsa import ClsaError, RequestError, __version__
 from clsa_cli import output
 from clsa_cli.chat import chat
+from clsa_cli.eval import eval_
 from clsa_cli.generate import generate
 from clsa_cli.info import info
+from clsa_cli.train import train
 
 # typer carries a copy of click, or needs click itself, depending on its version; this is the base either way.
 _UsageProblem: Any = typer.BadParameter.__mro__[2]
@@ -115,6 +117,8 @@ def start(
 
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("train")(train)
+app.command("eval")(eval_)
 app.command("info")(info)
 
 

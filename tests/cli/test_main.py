@@ -24,6 +24,8 @@ OPTIONS = {
         *MACHINE,
     ],
     "chat": ["--system", *SAMPLING, *MACHINE],
+    "train": ["--model", "--backend", "--device"],
+    "eval": ["--model", "--backend", "--device"],
     "info": ["--model", "--backend", "--json"],
 }
 
