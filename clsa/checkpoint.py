@@ -186,7 +186,8 @@ def save_checkpoint(
     replaces a clsa checkpoint; other files of the folder are left alone.
 
     Raises CheckpointError before anything is written if tensors and config do not match or the folder holds
-    something else, and on numbers that are not finite in `dtype`. An existing checkpoint stays until all new files are written.
+    something else, and on numbers that are not finite in `dtype`. An existing checkpoint stays until all new
+    files are written.
     """
     config = replace(config, torch_dtype=dtype or config.torch_dtype)
     if config.quantization is not None:

@@ -98,8 +98,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 class IncrementalDecoder:
     """Decodes an answer while it grows; the pieces joined are `tokenizer.decode` of all ids.
 
-    Only the last few tokens are decoded again for each new one. A character whose bytes are not all there is held
-    back. (With a byte-fallback tokenizer an invalid byte can change how `decode` shows valid bytes long before it;
+    Only the last few tokens are decoded again for each new one. Characters whose bytes are not all there are held
+    back. (With a byte-fallback tokenizer one invalid byte changes how `decode` shows valid bytes long before it;
     what was given out already stays.)
     """
 
@@ -114,13 +114,14 @@ class IncrementalDecoder:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        certain = len(text)
-        while certain > max(0, len(text) - _LONGEST_CHAR + 1) and text[certain - 1] == _REPLACEMENT:
-            certain -= 1
+        certain = len(text.rstrip(_REPLACEMENT))
+        dropped = 0
+        # Cutting waits for whole characters, but not for ever: some tokens never make any.
+        if len(self._window) > (2 if certain == len(text) else 4) * _KEEP:
+            dropped = self._shorten(text)
+            certain = max(certain, dropped)
         piece = text[self._sent : certain]
-        self._sent = max(self._sent, certain)
-        if len(self._window) > 2 * _KEEP:
-            self._shorten(text)
+        self._sent = max(self._sent, certain) - dropped
         return piece
 
     def flush(self) -> str:
@@ -129,13 +130,14 @@ class IncrementalDecoder:
         self._window, self._sent = [], 0
         return piece
 
-    def _shorten(self, text: str) -> None:
+    def _shorten(self, text: str) -> int:
+        """Drop the first tokens of the window; return how many characters of its `text` went with them."""
         last = len(self._window) - _KEEP
         tails = {cut: self._tokenizer.decode(self._window[cut:]) for cut in range(last - _LONGEST_CHAR, last)}
         # A cut inside a character shows; one of so many neighbouring places is between two.
         cut = next((cut for cut, tail in tails.items() if text.endswith(tail)), last - 1)
-        self._sent = max(0, len(tails[cut]) - (len(text) - self._sent))
         del self._window[:cut]
+        return max(0, len(text) - len(tails[cut]))
 
 
 class StopMatcher:

@@ -167,7 +167,7 @@ def test_wrong_sampling_parameters(values: dict[str, Any]) -> None:
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
-    assert SamplingParams(stop="x").stop == ("x",)
+    assert SamplingParams(stop="x").stop == ("x",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["x", "y"], stop_token_ids=[1]).stop_token_ids == (1,)  # type: ignore[arg-type]
 
 
