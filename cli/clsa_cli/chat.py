@@ -102,14 +102,17 @@ class _Conversation:
         parts: list[str] = []
         last: Piece | None = None
         stream = cast("Generator[Piece, None, None]", self.llm.chat(asked, self.params, stream=True))
-        with _stoppable() as stopped, contextlib.closing(stream) as pieces:
-            for last in pieces:
-                parts.append(last.text)
-                output.write(last.text)
-                if stopped():
-                    break
-        answer = "".join(parts)
-        output.write("" if answer.endswith("\n") else "\n")
+        try:
+            with _stoppable() as stopped, contextlib.closing(stream) as pieces:
+                for last in pieces:
+                    parts.append(last.text)
+                    output.write(last.text)
+                    if stopped():
+                        break
+        finally:
+            answer = "".join(parts)
+            if last is not None and not answer.endswith("\n"):
+                output.write("\n")
         if answer:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
         if last is not None:

@@ -151,13 +151,16 @@ def _run(llm: LLM, prompt: str, params: SamplingParams, *, show: bool, stream: b
                 parts.append(last.text)
                 if show and stream:
                     output.write(last.text)
-    finally:
-        if show:
-            text = "".join(parts)
-            output.write(("" if stream else text) + ("" if text.endswith("\n") else "\n"))
+    except BaseException:
+        if show and stream and parts:
+            output.write("\n")
+        raise
+    text = "".join(parts)
+    if show:
+        output.write(("" if stream else text) + ("" if text.endswith("\n") else "\n"))
     assert last is not None, "a stream has a last piece"
     return {
-        "text": "".join(parts),
+        "text": text,
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.prompt_tokens,
         "cached_tokens": last.cached_tokens,
