@@ -112,7 +112,8 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
     if config.index_block_size > 1:
         index += f", in blocks of {config.index_block_size}"
     return [
-        ("model", f"{model['name']} ({model['folder']})"),
+        ("model", model["name"]),
+        ("folder", model["folder"]),
         ("parameters", f"{model['parameters']:,}"),
         ("weights", f"{output.size(model['weight_bytes'])}, {model['dtype']}"),
         ("context", output.count(model["context"], "token")),
