@@ -19,7 +19,7 @@ PARTS = {"clsa_mlx", "clsa_cuda", "clsa_cli"}
 CORE = sorted((ROOT / "clsa").rglob("*.py"))
 PLUG_INS = sorted((ROOT / "backends").rglob("*.py"))
 INTEGERS_ONLY = {"pages", "prefix", "scheduler", "request"}
-FOR_BACKENDS = {"clsa.ops", "clsa.config", "clsa.errors"}
+FOR_BACKENDS = {"clsa.ops", "clsa.config", "clsa.errors", "clsa.hostmemory"}
 
 
 def imported(path: Path) -> Iterator[str]:
