@@ -32,9 +32,7 @@ def normal(rng: np.random.Generator, *shape: int, dtype: str, scale: float = 1.0
 def host(ops: Ops, x: Any, dtype: str) -> np.ndarray:
     """An op's floating-point result as float64; fails if it did not come back in `dtype`."""
     out = ops.to_numpy(x)
-    assert out.dtype == (np.float16 if dtype == "float16" else np.float32), (
-        f"{out.dtype} came back for {dtype}"
-    )
+    assert out.dtype == (np.float16 if dtype == "float16" else np.float32), f"{out.dtype} came back for {dtype}"
     if dtype == "bfloat16":
         kept = out.astype(ml_dtypes.bfloat16).astype(np.float32)
         assert np.array_equal(out, kept, equal_nan=True), "the result was not rounded to bfloat16"
@@ -75,8 +73,9 @@ class Layout:
     num_slots: int
 
     def queries(self, ops: Ops) -> Queries:
-        arrays = (self.positions, self.sequence, self.block_table, self.window_slots)
-        return Queries(*(ops.asarray(a.astype(np.int32)) for a in arrays), self.cu_seqlens, self.context_lens)
+        names = ("positions", "sequence", "block_table", "window_slots")
+        arrays = {name: ops.asarray(getattr(self, name).astype(np.int32)) for name in names}
+        return Queries(**arrays, cu_seqlens=self.cu_seqlens, context_lens=self.context_lens)
 
     @property
     def readable(self) -> np.ndarray:

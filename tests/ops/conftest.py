@@ -26,6 +26,10 @@ def _open(name: str, kind: str) -> Ops | str:
     usable = [device.name for device in devices if device.usable]
     if not usable:
         return "; ".join(f"{device.name}: {device.reason}" for device in devices) or f"no {kind} device"
+    if kind == "cpu" and name == "cuda":
+        import torch
+
+        torch.set_num_threads(1)  # the arrays are tiny: on a busy machine, waking a second thread costs far more
     return backend.open(usable[0])
 
 

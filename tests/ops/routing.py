@@ -8,14 +8,14 @@ from clsa.ops import Ops, Selection
 from tests.ops.cases import Layout, integers
 from tests.tolerance import assert_equal
 
-
-def arrays(ops: Ops, selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(integers(ops, x) for x in (selection.positions, selection.rows, selection.lengths))  # type: ignore[return-value]
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # positions, rows, lengths
 
 
-def assert_form(
-    case: object, step: Layout, got: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, block_size: int
-) -> None:
+def arrays(ops: Ops, selection: Selection) -> Arrays:
+    return integers(ops, selection.positions), integers(ops, selection.rows), integers(ops, selection.lengths)
+
+
+def assert_form(case: object, step: Layout, got: Arrays, k: int, block_size: int) -> None:
     """What holds whatever the scores are: counts, order, padding, whole blocks, rows of the page table."""
     positions, rows, lengths = got
     num_queries = len(step.positions)
@@ -27,17 +27,13 @@ def assert_form(
         assert n == 0 or (chosen[0] >= 0 and (np.diff(chosen) > 0).all()), f"{where}: not ascending: {chosen}"
         assert n == 0 or chosen[-1] <= last, f"{where}: sees the future: {chosen}"
         blocks = np.unique(chosen // block_size)
-        assert len(blocks) == min(k // block_size, -(-(last + 1) // block_size)), (
-            f"{where}: {len(blocks)} blocks"
-        )
+        assert len(blocks) == min(k // block_size, -(-(last + 1) // block_size)), f"{where}: {len(blocks)} blocks"
         whole = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
         assert_equal("select", chosen, whole[whole <= last], where)
         assert_equal("select rows", rows[t, :n], step.rows_of(step.sequence[t], chosen), where)
 
 
-def assert_best(
-    where: object, chosen: np.ndarray, scores: np.ndarray, k: int, block_size: int, slack: float
-) -> None:
+def assert_best(where: object, chosen: np.ndarray, scores: np.ndarray, k: int, block_size: int, slack: float) -> None:
     """`chosen` are the best of float64 `scores` [S]; scores within `slack` of each other may be exchanged."""
     num_blocks = -(-len(scores) // block_size)
     padded = np.full(num_blocks * block_size, -np.inf)
@@ -48,7 +44,9 @@ def assert_best(
     if is_chosen.all():
         return
     worst_chosen, best_left = best[is_chosen].min(), best[~is_chosen].max()
+    taken = np.flatnonzero(is_chosen)[best[is_chosen].argmin()]
+    left = np.flatnonzero(~is_chosen)[best[~is_chosen].argmax()]
     assert worst_chosen >= best_left - slack, (
-        f"{where}: block {np.flatnonzero(~is_chosen)[best[~is_chosen].argmax()]} was left out with score "
-        f"{best_left:.9g}, block {np.flatnonzero(is_chosen)[best[is_chosen].argmin()]} was taken with {worst_chosen:.9g}"
+        f"{where}: block {left} was left out with score {best_left:.9g}, "
+        f"block {taken} was taken with {worst_chosen:.9g}"
     )

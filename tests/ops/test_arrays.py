@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,8 +53,8 @@ def test_shapes(ops: Ops, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype_in", [np.float32, np.int32, np.uint32, ml_dtypes.bfloat16])
-def test_read_only_and_strided_inputs_are_taken_without_a_warning(ops: Ops, dtype_in: type) -> None:
-    x = np.arange(24).reshape(4, 6).astype(dtype_in)[::-1, ::2]
+def test_read_only_and_strided_inputs_are_taken_without_a_warning(ops: Ops, dtype_in: Any) -> None:
+    x: np.ndarray = np.arange(24).reshape(4, 6).astype(dtype_in)[::-1, ::2]
     x.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")

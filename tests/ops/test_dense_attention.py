@@ -15,15 +15,11 @@ HEADS = [(1, 1, 2), (4, 2, 64), (6, 2, 10), (8, 1, 16), (4, 4, 128)]
 
 @pytest.mark.parametrize("chunks", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
-def test_dense_attention(
-    ops: Ops, dtype: str, chunks: list[Chunk], heads: int, kv_heads: int, head_dim: int
-) -> None:
+def test_dense_attention(ops: Ops, dtype: str, chunks: list[Chunk], heads: int, kv_heads: int, head_dim: int) -> None:
     rng = np.random.default_rng(0)
     step = layout(rng, chunks)
     q = normal(rng, len(step.positions), heads, head_dim, dtype=dtype, scale=2.0)
-    kv = [
-        poisoned(normal(rng, step.num_rows, kv_heads, head_dim, dtype=dtype), step.readable) for _ in range(2)
-    ]
+    kv = [poisoned(normal(rng, step.num_rows, kv_heads, head_dim, dtype=dtype), step.readable) for _ in range(2)]
     q[step.positions < 0] = np.nan  # a padded row may hold anything
     got, want = (
         o.dense_attention(o.asarray(q), filled_memory(o, kv[0], kv[1], None, dtype), step.queries(o))

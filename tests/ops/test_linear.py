@@ -17,9 +17,7 @@ def test_linear(ops: Ops, dtype: str, shape: tuple[int, int, int]) -> None:
     rng = np.random.default_rng(0)
     x, weight = normal(rng, rows, width, dtype=dtype), normal(rng, out_width, width, dtype=dtype)
     want = spec.linear(spec.asarray(x), spec.asarray(weight))
-    assert_close(
-        "linear", dtype, host(ops, ops.linear(ops.asarray(x), ops.asarray(weight)), dtype), want, shape
-    )
+    assert_close("linear", dtype, host(ops, ops.linear(ops.asarray(x), ops.asarray(weight)), dtype), want, shape)
 
 
 def test_leading_axes(ops: Ops, dtype: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from clsa import spec
 from clsa.ops import Memory, Ops
 from tests.ops.cases import STEPS, Layout, filled_memory, layout, normal, poisoned, rounded
-from tests.ops.routing import arrays, assert_best, assert_form
+from tests.ops.routing import Arrays, arrays, assert_best, assert_form
 from tests.tolerance import SCORE_ERROR, assert_equal
 
 STEP = pytest.mark.parametrize("chunks", STEPS.values(), ids=STEPS.keys())
@@ -25,7 +27,7 @@ def memory_of(ops: Ops, k_idx: np.ndarray, dtype: str) -> Memory:
 
 def select_both(
     ops: Ops, step: Layout, q_idx: np.ndarray, k_idx: np.ndarray, dtype: str, k: int, block_size: int
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+) -> tuple[Arrays, Arrays]:
     """What the backend and what the specification chose."""
     got, want = (
         arrays(o, o.select(o.asarray(q_idx), memory_of(o, k_idx, dtype), step.queries(o), k, block_size))
@@ -34,16 +36,14 @@ def select_both(
     return got, want
 
 
-def assert_same(case: object, got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...]) -> None:
+def assert_same(case: object, got: Arrays, want: Arrays) -> None:
     for name, a, b in zip(("positions", "rows", "lengths"), got, want):
         assert_equal(f"select {name}", a, b, case)
 
 
 @STEP
 @SIZES
-def test_exact_scores_with_ties_everywhere(
-    ops: Ops, dtype: str, chunks: list, k: int, block_size: int
-) -> None:
+def test_exact_scores_with_ties_everywhere(ops: Ops, dtype: str, chunks: list, k: int, block_size: int) -> None:
     """Small integers: every score is exact in every dtype, and most of them are shared by many positions."""
     rng = np.random.default_rng(0)
     step = layout(rng, chunks)
@@ -86,12 +86,10 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "chunks", [STEPS["decode-ragged"], STEPS["prefill-mixed"]], ids=["decode", "prefill"]
-)
+@pytest.mark.parametrize("chunks", [STEPS["decode-ragged"], STEPS["prefill-mixed"]], ids=["decode", "prefill"])
 @pytest.mark.parametrize("scores", SPECIAL.values(), ids=SPECIAL.keys())
 @pytest.mark.parametrize("k, block_size", [(1, 1), (16, 1), (256, 1), (1200, 1), (16, 4), (96, 16)])
-def test_special_scores(ops: Ops, dtype: str, chunks: list, scores, k: int, block_size: int) -> None:  # type: ignore[no-untyped-def]
+def test_special_scores(ops: Ops, dtype: str, chunks: list, scores: Any, k: int, block_size: int) -> None:
     """The index has one dimension, so that a score is the key itself."""
     rng = np.random.default_rng(2)
     step = layout(rng, chunks)
@@ -144,4 +142,5 @@ def test_the_same_scores_give_the_same_selection_alone_and_in_a_batch(ops: Ops) 
             step.num_slots,
         )
         alone = arrays(ops, ops.select(ops.asarray(q_idx[b : b + 1]), memory, one.queries(ops), 48, 1))
-        assert_same(f"sequence {b}", alone, tuple(x[b : b + 1] for x in together))
+        positions, rows, lengths = (x[b : b + 1] for x in together)
+        assert_same(f"sequence {b}", alone, (positions, rows, lengths))

@@ -20,7 +20,7 @@ def parameters(function: Any) -> list[tuple[str, object, object]]:
 
 def test_the_protocol_has_functions() -> None:
     assert {"select", "sample", "rms_norm"} <= set(FUNCTIONS)
-    assert 25 <= len(FUNCTIONS) <= 35, "the protocol is meant to stay narrow"
+    assert 20 <= len(FUNCTIONS) <= 35, "the protocol is meant to stay narrow"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,8 @@ def contents(ops: Ops, memory: Memory, dtype: str) -> list[np.ndarray]:
 
 def test_a_new_memory_is_zero_and_large_enough(ops: Ops, dtype: str) -> None:
     memory = ops.new_memory(ROWS, 2, 8, 16, dtype)
-    assert [list(a.shape)[1:] for a in (memory.k, memory.v, memory.k_idx)] == [[2, 8], [2, 8], [16]]
+    arrays: list[Any] = [memory.k, memory.v, memory.k_idx]
+    assert [list(a.shape)[1:] for a in arrays] == [[2, 8], [2, 8], [16]]
     for array in contents(ops, memory, dtype):
         assert len(array) == ROWS and not array.any()
     assert ops.new_memory(ROWS, 2, 8, None, dtype).k_idx is None

@@ -30,9 +30,7 @@ class CudaBackend:
 
     def open(self, device: str | None = None) -> TorchOps:
         """The ops on "cpu", "cuda" (the first usable GPU) or "cuda:N"; None takes the best usable device."""
-        if device is not None and not (
-            isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d{1,3})?", device)
-        ):
+        if device is not None and not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d{1,3})?", device)):
             raise BackendError(f"device of backend 'cuda' must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
         known = self.devices()
         wanted = [d for d in known if device in (None, d.name) or (device == "cuda" and d.kind == "nvidia")]

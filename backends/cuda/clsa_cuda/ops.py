@@ -55,9 +55,7 @@ class TorchOps:
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach()
-        return np.array(
-            (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
-        )  # never a view of the state
+        return np.array((x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy())  # never a view of the state
 
     def evaluate(self, *values: Any) -> None:
         """Nothing to do: torch starts each operation when it is called."""
@@ -69,9 +67,7 @@ class TorchOps:
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return {"total": total, "free": free + cached, "peak": torch.cuda.max_memory_allocated(self._device)}
 
-    def new_memory(
-        self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str
-    ) -> Memory:
+    def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
         k_idx = None if index_dim is None else self._rows(rows, index_dim, dtype=dtype)
         k, v = (self._rows(rows, kv_heads, head_dim, dtype=dtype) for _ in range(2))
         return Memory(k, v, k_idx)

@@ -30,9 +30,7 @@ def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: Window, queries: 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, window: Window, positions: Tensor, slots: Tensor) -> Tensor:
     """n chunks of T consecutive tokens: q [n, T, H, D], k, v [n, T, G, D], positions [n, T], slots [n]."""
     n, length, num_heads, _ = q.shape
-    before = (
-        torch.arange(1 - window.size, 0, device=q.device) + positions[:, :1]
-    )  # [n, W - 1], all in the ring
+    before = torch.arange(1 - window.size, 0, device=q.device) + positions[:, :1]  # [n, W - 1], all in the ring
     rows = slots[:, None].long() * window.size + before % window.size
     rows = torch.where(before >= 0, rows, zero_row(window.k))
     k = torch.cat([window.k[rows].to(k.dtype), k], dim=1)  # [n, W - 1 + T, G, D]
