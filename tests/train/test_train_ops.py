@@ -33,7 +33,8 @@ def spec_logits(config: ModelConfig, params: dict[str, np.ndarray], tokens: np.n
         pages = range(-(-len(row) // PAGE_SIZE))
         batch = build_batch(spec, [SequenceChunk(row.tolist(), 0, pages, 0, "all")], config.sliding_window)
         state = model.new_state(spec, plan, len(pages) * PAGE_SIZE, 1, "float32")
-        out.append(model.forward(spec, tree, plan, batch, state)[0])
+        logits, _ = model.forward(spec, tree, plan, batch, state)
+        out.append(np.asarray(logits))
     return np.concatenate(out)
 
 
@@ -48,7 +49,7 @@ def step_batch(tokens: np.ndarray) -> StepBatch:
 def run(
     config: ModelConfig, params: dict[str, Any], tokens: np.ndarray, sparse: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[TrainOps, torch.Tensor]:
-    ops = TrainOps(CPU, dtype, *tokens.shape, sparse)
+    ops = TrainOps(CPU, dtype, len(tokens), tokens.shape[1], sparse)
     weights = {n: w if isinstance(w, torch.Tensor) else torch.from_numpy(w).to(dtype) for n, w in params.items()}
     return ops, make_forward(config)(ops, weights, step_batch(tokens))
 

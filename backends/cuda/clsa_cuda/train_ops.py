@@ -51,7 +51,8 @@ def top_k_mask(scores: Tensor, k: int, block_size: int) -> Tensor:
 class Routing:
     """What one index saw and chose, and the dense attention of the layers that read its selection (its teacher).
 
-    `scores` [B, T, T] carries gradient; scaled by 1/sqrt(I), not yet causal.
+    `scores` [B, T, T] is scaled by 1/sqrt(I) and not yet causal. It carries gradient to the index and on through it to
+    the hidden states: the paper stops the gradient of the teacher only.
     """
 
     def __init__(self, scores: Tensor, k: int, block_size: int) -> None:
