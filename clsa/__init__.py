@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clsa.backend import backends
     from clsa.config import EngineConfig, ModelConfig, SamplingParams
     from clsa.llm import LLM, load
+    from clsa.outputs import Piece, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,9 @@ __all__ = [
     "ConfigError",
     "EngineConfig",
     "ModelConfig",
+    "Piece",
     "RequestError",
+    "RequestOutput",
     "SamplingParams",
     "TrainError",
     "__version__",
@@ -44,6 +47,8 @@ _LAZY = {
     "EngineConfig": "clsa.config",
     "ModelConfig": "clsa.config",
     "SamplingParams": "clsa.config",
+    "Piece": "clsa.outputs",
+    "RequestOutput": "clsa.outputs",
     "backends": "clsa.backend",
 }
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
-
 from clsa.config import EngineConfig, SamplingParams
 from clsa.errors import ClsaError
 from clsa.model import Params
@@ -16,150 +14,196 @@ from clsa.ops import Ops, Sampled
 from clsa.outputs import Delta, TokenLogprob
 from clsa.plan import Plan
 from clsa.request import Request, State
-from clsa.runner import Runner
+from clsa.runner import Runner, StepFailed
 from clsa.scheduler import Scheduler, StepPlan
-from clsa.sizing import plan_sizes
+from clsa.sizing import Sizes
 from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The text of a request while it grows."""
+    """A request and its text while it grows."""
 
+    request: Request
     decoder: IncrementalDecoder
     matcher: StopMatcher
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """Samples of one step on the host; the optional ones as in `ops.Sampled`."""
-
-    tokens: np.ndarray
-    logprobs: np.ndarray | None
-    top_tokens: np.ndarray | None
-    top_logprobs: np.ndarray | None
-
-    def logprob(self, row: int, wanted: int | None) -> TokenLogprob | None:
-        if wanted is None or self.logprobs is None or self.top_tokens is None or self.top_logprobs is None:
-            return None
-        top = zip(self.top_tokens[row, :wanted].tolist(), self.top_logprobs[row, :wanted].tolist(), strict=True)
-        return TokenLogprob(int(self.tokens[row]), float(self.logprobs[row]), tuple(top))
 
 
 class Engine:
     """Many requests over one model. `step` launches a step and reports what the step before it brought.
 
     The device is one step ahead of the host: a request that stops is noticed one step later, and the sample it
-    made in between is dropped. Raises ConfigError if the state cannot fit.
+    made in between is dropped.
+
+    A step that fails on the device ends the running requests with an error and empties the prefix cache, because
+    nothing on the device is certain any more; those that wait go on with an empty state. Anything else that leaves
+    `step`, such as Ctrl-C, has ended every request with an error. Either way the engine may be used again.
     """
 
     def __init__(
-        self, ops: Ops, params: Params, plan: Plan, tokenizer: Tokenizer, dtype: str, config: EngineConfig
+        self,
+        ops: Ops,
+        params: Params,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        dtype: str,
+        config: EngineConfig,
+        sizes: Sizes,
     ) -> None:
-        sizes = plan_sizes(ops, plan, dtype, config)
+        """Allocate the state. Args: `dtype` of the state; `sizes` from `plan_sizes`, made before anything else."""
         self.sizes = sizes
-        self.scheduler = Scheduler(
-            num_pages=sizes.num_pages,
-            num_slots=sizes.num_slots,
-            num_snapshots=sizes.num_snapshots,
-            max_tokens_per_step=config.max_tokens_per_step,
-            max_model_len=sizes.max_model_len,
-            window=plan.config.sliding_window if plan.num_windows else 0,
-            max_waiting=config.max_waiting,
-            max_cached_pages=sizes.num_cached_pages,
-            eos_token_ids=plan.config.eos_token_ids,
-        )
-        self._ops, self._tokenizer, self._max_waiting = ops, tokenizer, config.max_waiting
+        self._plan, self._tokenizer, self._config = plan, tokenizer, config
+        self.scheduler = self._new_scheduler()
         self._runner = Runner(ops, params, plan, dtype, sizes.num_pages, sizes.num_slots + sizes.num_snapshots)
         self._answers: dict[str, _Answer] = {}
         self._in_flight: tuple[StepPlan, Sampled | None] | None = None
+        self._outbox: list[Delta] = []
         self._ids = count()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` has something to do or to report."""
+        return self.scheduler.has_work or bool(self._outbox)
 
     @property
     def has_room(self) -> bool:
         """Whether one more request may be added to the queue."""
-        return self.scheduler.num_waiting < self._max_waiting
+        return self.scheduler.num_waiting < self._config.max_waiting
 
     def make_request(
-        self, tokens: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: str = ""
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        deadline: float | None = None,
     ) -> Request:
-        """A request of this engine, not yet added. Raises RequestError if it can never run."""
-        request = Request(f"{next(self._ids)}", list(tokens), params, priority, salt)
+        """A request of this engine, not yet added. Raises RequestError if it can never run.
+
+        Args: `priority` lower first; `salt` the tenant whose prefixes it may share; `deadline` in the clock of
+        `time.monotonic`.
+        """
+        request = Request(f"{next(self._ids)}", list(tokens), params, priority, salt, deadline)
         self.scheduler.check(request)
         return request
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if the queue is full."""
         self.scheduler.add(request)
-        decoder = IncrementalDecoder(self._tokenizer)
-        self._answers[request.id] = _Answer(decoder, StopMatcher(request.params.stop))
+        self._answers[request.id] = _Answer(
+            request, IncrementalDecoder(self._tokenizer), StopMatcher(request.params.stop)
+        )
 
     def step(self) -> list[Delta]:
         """Launch the next step, then read the one before it: what each request got, in order of service."""
-        expired = self.scheduler.expire(time.monotonic())
-        plan = self.scheduler.schedule()
-        before, self._in_flight = self._in_flight, None
-        if plan is not None:
-            sampled = self._runner.launch(plan, None if before is None else before[1])
-            self._in_flight = (plan, sampled)
-        deltas = [self._ended(request) for request in expired]
-        return deltas if before is None else deltas + self._read(*before)
+        self._advance_safely()
+        deltas, self._outbox = self._outbox, []
+        return deltas
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """End requests in whatever state they are, and read what is under way so that their pages come back."""
+        """End requests in whatever state they are, without a report.
+
+        What they hold comes back when the step under way has been read; if nobody else waits for it, that is now.
+        """
         for request in requests:
             self.scheduler.cancel(request.id)
             self._answers.pop(request.id, None)
-        if self._in_flight is not None and not any(self._answers):
-            before, self._in_flight = self._in_flight, None
-            self._read(*before)
+        if self._in_flight is not None and not self._answers:
+            self._advance_safely()
 
     def stats(self) -> dict[str, int]:
+        """Counters, by name; they start again after a step that failed."""
         return self.scheduler.stats()
 
-    def _read(self, plan: StepPlan, sampled: Sampled | None) -> list[Delta]:
+    # -- one step ------------------------------------------------------------------------------------------------
+    def _advance_safely(self) -> None:
+        try:
+            self._advance()
+        except StepFailed as failure:
+            self._restart(str(failure), keep_waiting=True)
+        except BaseException:
+            self._restart("the engine was interrupted in the middle of a step", keep_waiting=False)
+            raise
+
+    def _advance(self) -> None:
+        self._outbox += [self._ended(request) for request in self.scheduler.expire(time.monotonic())]
+        plan = self.scheduler.schedule()
+        before, self._in_flight = self._in_flight, None
+        failed = None
+        if plan is not None:
+            try:
+                self._in_flight = plan, self._runner.launch(plan, None if before is None else before[1])
+            except StepFailed as failure:
+                failed = str(failure)  # not the exception: its traceback would keep the old state alive
+        if before is not None:
+            self._read(*before)
+        if failed is not None:
+            raise StepFailed(failed)
+
+    def _restart(self, reason: str, *, keep_waiting: bool) -> None:
+        """A new scheduler and an empty state. Ends what ran; the old scheduler may be half done and isn't asked."""
+        self.scheduler, self._in_flight = self._new_scheduler(), None
+        self._runner.reset()
+        for request in [answer.request for answer in self._answers.values()]:
+            if keep_waiting and request.state is State.WAITING:
+                self.scheduler.add(request)
+                continue
+            if request.state is not State.FINISHED:
+                request.state, request.finish_reason, request.error = State.FINISHED, "error", reason
+            self._outbox.append(self._ended(request))
+
+    def _new_scheduler(self) -> Scheduler:
+        config, sizes = self._plan.config, self.sizes
+        return Scheduler(
+            num_pages=sizes.num_pages,
+            num_slots=sizes.num_slots,
+            num_snapshots=sizes.num_snapshots,
+            max_tokens_per_step=self._config.max_tokens_per_step,
+            max_model_len=sizes.max_model_len,
+            window=config.sliding_window if self._plan.num_windows else 0,
+            max_waiting=self._config.max_waiting,
+            max_cached_pages=sizes.num_cached_pages,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+    # -- reports -------------------------------------------------------------------------------------------------
+    def _read(self, plan: StepPlan, sampled: Sampled | None) -> None:
         """Wait for a step, hand its samples to the scheduler, report them."""
-        read = None if sampled is None else self._to_host(sampled)
-        tokens = [] if read is None else read.tokens.tolist()
+        read = None if sampled is None else self._runner.read(sampled)
+        tokens: list[int] = [] if read is None else read.tokens.tolist()
         samples = [token if token >= 0 else ClsaError("the model's logits are not finite") for token in tokens]
         changed = {request.id for request in self.scheduler.complete(plan, samples)}
-        deltas = []
         wanted = [chunk.request for chunk in plan.chunks if chunk.wants_logits]
         for row, (request, token) in enumerate(zip(wanted, tokens, strict=True)):
             if request.id not in changed or request.id not in self._answers:
                 continue
-            if token < 0 or read is None:
-                deltas.append(self._ended(request))
-            else:
-                deltas.append(self._report(request, token, read.logprob(row, request.params.logprobs)))
-        return deltas
-
-    def _to_host(self, sampled: Sampled) -> _Read:
-        optional = (sampled.logprobs, sampled.top_tokens, sampled.top_logprobs)
-        return _Read(
-            self._ops.to_numpy(sampled.tokens), *(None if x is None else self._ops.to_numpy(x) for x in optional)
-        )
+            delta = self._ended(request) if token < 0 else self._report(request, token, _logprob(request, read, row))
+            self._outbox.append(delta)
 
     def _report(self, request: Request, token: int, logprob: TokenLogprob | None) -> Delta:
         """The text that one more token makes certain. A stop string ends the request here."""
         answer = self._answers[request.id]
-        stops = token in request.stop_ids
-        text, stopped = answer.matcher.push("" if stops else answer.decoder.push(token))
+        text, stopped = answer.matcher.push("" if token in request.stop_ids else answer.decoder.push(token))
         if stopped:
             self.scheduler.finish(request, "stop")
-        elif request.state is State.FINISHED:
-            rest, stopped = answer.matcher.push(answer.decoder.flush())
-            text += rest if stopped else rest + answer.matcher.flush()
-        if request.state is State.FINISHED:
             del self._answers[request.id]
-        return Delta(request, token, text, logprob, request.finish_reason)
+            return Delta(request, token, text, logprob, "stop")  # also where its length would have ended it
+        if request.state is not State.FINISHED:
+            return Delta(request, token, text, logprob, None)
+        end = self._ended(request)
+        return Delta(request, token, text + end.text, logprob, end.finish_reason)
 
     def _ended(self, request: Request) -> Delta:
-        """The end of a request without a token: what was held back is given out."""
+        """The end of a request without another token: what was held back is given out."""
         answer = self._answers.pop(request.id)
         text, stopped = answer.matcher.push(answer.decoder.flush())
         return Delta(request, None, text if stopped else text + answer.matcher.flush(), None, request.finish_reason)
+
+
+def _logprob(request: Request, read: Sampled | None, row: int) -> TokenLogprob | None:
+    num = request.params.logprobs
+    if num is None or read is None or read.logprobs is None or read.top_tokens is None or read.top_logprobs is None:
+        return None
+    top = zip(read.top_tokens[row, :num].tolist(), read.top_logprobs[row, :num].tolist(), strict=True)
+    return TokenLogprob(int(read.tokens[row]), float(read.logprobs[row]), tuple(top))

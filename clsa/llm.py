@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +12,17 @@ import numpy as np
 
 from clsa.backend import load_backend
 from clsa.checkpoint import Checkpoint, open_checkpoint
-from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams
+from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams, show
 from clsa.engine import Engine
 from clsa.errors import ConfigError, RequestError
 from clsa.hub import resolve
 from clsa.inspect_model import evaluate_logits, evaluate_selection
 from clsa.ops import Ops
-from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect, drain
-from clsa.params import nest, num_parameters
+from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect
+from clsa.params import nest
 from clsa.plan import make_plan
-from clsa.request import Request
+from clsa.request import Request, State
+from clsa.sizing import plan_sizes
 from clsa.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -77,10 +79,11 @@ class LLM:
         self.tokenizer = tokenizer
         self.backend, self.device, self.dtype, self.why = ops.name, ops.device, dtype, why
         self._ops, self._plan = ops, make_plan(checkpoint.config)
-        _check_weights_fit(ops, checkpoint.config, dtype)
+        sizes = plan_sizes(ops, self._plan, dtype, engine)
         self._params = nest({name: ops.asarray(array, dtype) for name, array in checkpoint.tensors()})
-        self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine)
-        self._conversation: tuple[str, list[int]] = ("", [])
+        self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
+        self._mail: dict[str, deque[Delta]] = {}
+        self._turn = _Turn("", [])
 
     def generate(
         self,
@@ -90,40 +93,47 @@ class LLM:
         """Answer all prompts, batched; outputs are in the order of the prompts.
 
         Args: a prompt is text or token ids; `params` is one for all or one each (default: greedy, 256 tokens).
-        Raises RequestError, before anything runs, if one of the prompts can never be answered.
+        Raises RequestError, before anything runs, if one of the prompts can never be answered. A request that fails
+        later has `finish_reason` "error" and the reason in `error`.
         """
-        batch: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        batch = _as_batch(prompts)
         each = _params_for(batch, params)
         requests = [self._engine.make_request(self._encode(prompt), p) for prompt, p in zip(batch, each, strict=True)]
-        deltas: dict[str, list[Delta]] = {request.id: [] for request in requests}
-        left = deque(requests)
+        mail = [self._mail.setdefault(request.id, deque()) for request in requests]
+        queue, unfinished = deque(requests), deque(requests)
         try:
-            while left or self._engine.has_work:
-                while left and self._engine.has_room:
-                    self._engine.add(left.popleft())
-                for delta in self._engine.step():
-                    deltas[delta.request.id].append(delta)
-        except BaseException:
-            self._engine.cancel(requests)
-            raise
-        return [collect(request, deltas[request.id]) for request in requests]
+            while unfinished:
+                while queue and self._engine.has_room:
+                    self._engine.add(queue.popleft())
+                self._step()
+                while unfinished and unfinished[0].state is State.FINISHED:
+                    unfinished.popleft()
+        finally:
+            self._close(requests)
+        return [collect(request, list(deltas)) for request, deltas in zip(requests, mail, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Answer one prompt piece by piece. Closing the iterator cancels the request and frees its state."""
-        return self._pieces(self._engine.make_request(self._encode(prompt), _streamed(params)))
+        """Answer one prompt piece by piece. Closing the iterator cancels the request and frees its state.
+
+        Raises RequestError if the prompt can never be answered; a request that fails later raises ClsaError from
+        the iterator. Several streams and calls of `generate` may take turns.
+        """
+        return self._pieces(self._engine.make_request(self._encode(prompt), _streamed(params)), None)
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, stream: bool = False
     ) -> RequestOutput | Iterator[Piece]:
         """Answer the last message of a conversation ({"role", "content"} each), by the model's chat template.
 
-        The state of earlier turns is found again in the prefix cache; only what is new is computed.
+        The state of earlier turns is found again in the prefix cache; only what is new is computed. For that the
+        answer of the turn before is kept as it was generated, and not tokenised anew.
         """
         text = self.tokenizer.apply_chat_template(messages)
-        ids = self._continue(text)
-        request = self._engine.make_request(ids, _streamed(params))
-        pieces = self._remember(text, ids, self._pieces(request))
-        return pieces if stream else drain(pieces)
+        turn = _Turn(text, self._turn.encode_next(text, self.tokenizer))
+        if stream:
+            return self._pieces(self._engine.make_request(turn.prompt, _streamed(params)), turn)
+        request = self._engine.make_request(turn.prompt, _params_for([""], params)[0])
+        return collect(request, list(self._deltas(request, turn)))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
@@ -147,57 +157,92 @@ class LLM:
         del self._engine, self._params
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty; give some text or token ids")
-            return self.tokenizer.encode(prompt)
-        return self._check_ids(prompt)
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else self._check_ids(prompt)
 
-    def _check_ids(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(t) if isinstance(t, (int, np.integer)) and not isinstance(t, bool) else -1 for t in token_ids]
-        if not ids:
+    def _check_ids(self, token_ids: Any) -> list[int]:
+        if not _is_list(token_ids) and token_ids != "":
+            raise RequestError(f"a prompt must be text or a list of token ids, got {show(token_ids)}")
+        if not len(token_ids):
             raise RequestError("the prompt is empty; give some text or token ids")
-        bad = next((i for i, t in enumerate(ids) if not 0 <= t < self.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"token {bad} of the prompt must be an id from 0 to {self.config.vocab_size - 1}, "
-                f"got {token_ids[bad]!r}"
-            )
-        return ids
+        for i, token in enumerate(token_ids):
+            is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+            if not is_int or not 0 <= int(token) < self.config.vocab_size:
+                raise RequestError(
+                    f"token {i} of the prompt must be an id from 0 to {self.config.vocab_size - 1}, got {show(token)}"
+                )
+        return [int(token) for token in token_ids]
 
-    def _pieces(self, request: Request) -> Iterator[Piece]:
-        self._engine.add(request)
-        clock = PieceClock(request)
+    def _step(self) -> None:
+        for delta in self._engine.step():
+            if (mail := self._mail.get(delta.request.id)) is not None:
+                mail.append(delta)
+
+    def _deltas(self, request: Request, turn: _Turn | None) -> Generator[Delta]:
+        """Run the engine until a request has ended. What its steps bring to others waits in their mail."""
+        mail = self._mail.setdefault(request.id, deque())
+        self._turn = turn or self._turn
         try:
-            while self._engine.has_work:
-                for delta in self._engine.step():
-                    if delta.request is request:
-                        yield clock.piece(delta, self._ops.memory_stats()["peak"])
+            self._engine.add(request)
+            while mail or request.state is not State.FINISHED:
+                if not mail:
+                    self._step()
+                while mail:
+                    delta = mail.popleft()
+                    if turn is not None:
+                        turn.add(delta)
+                    yield delta
         finally:
-            self._engine.cancel([request])
+            self._close([request])
 
-    def _continue(self, text: str) -> list[int]:
-        """Token ids of a conversation: what was generated before is kept as generated, not tokenised anew."""
-        before, ids = self._conversation
-        if before and text.startswith(before):
-            rest = text[len(before) :]
-            return ids + (self.tokenizer.encode(rest, add_special_tokens=False) if rest else [])
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _pieces(self, request: Request, turn: _Turn | None) -> Iterator[Piece]:
+        with closing(self._deltas(request, turn)) as deltas:
+            clock = PieceClock(request)
+            for delta in deltas:
+                yield clock.piece(delta, self._ops.memory_stats()["peak"])
 
-    def _remember(self, text: str, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        answer: list[str] = []
-        tokens: list[int] = []
-        for piece in pieces:
-            answer.append(piece.text)
-            tokens.append(piece.token)
-            # A stop token or stop string is in the tokens and not in the text: that turn is tokenised anew.
-            whole = piece.finish_reason == "length" or piece.finish_reason is None
-            self._conversation = (text + "".join(answer), ids + tokens) if whole else ("", [])
-            yield piece
+    def _close(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._mail.pop(request.id, None)
+        self._engine.cancel(requests)
 
 
-def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+class _Turn:
+    """One turn of a conversation: the text and ids of what was asked, and the answer as it was generated."""
+
+    def __init__(self, text: str, prompt: list[int]) -> None:
+        self.prompt = prompt
+        self._text = text
+        self._answer: list[str] = []
+        self._tokens: list[int] = []
+
+    def add(self, delta: Delta) -> None:
+        self._answer.append(delta.text)
+        self._tokens += [] if delta.token is None else [delta.token]
+
+    def encode_next(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """The ids of `text`: where it goes on from this turn, what that turn had is not tokenised anew."""
+        answer = "".join(self._answer)
+        tokens = [token for token in self._tokens if not tokenizer.is_silent(token)]
+        known = [(self._text, self.prompt)]
+        if tokenizer.decode(tokens) == answer:  # not where a stop string ended it, or text was held back
+            known.insert(0, (self._text + answer, self.prompt + tokens))
+        before, ids = next((pair for pair in known if text.startswith(pair[0])), ("", []))
+        rest = text[len(before) :]
+        return ids + (tokenizer.encode(rest, add_special_tokens=False) if rest else [])
+
+
+def _is_list(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def _as_batch(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str) or (_is_list(prompts) and len(prompts) and isinstance(prompts[0], (int, np.integer))):
+        return [prompts]
+    if not _is_list(prompts):
+        raise RequestError(f"prompts must be a text, token ids, or a list of those, got {show(prompts)}")
+    return list(prompts)
 
 
 def _params_for(
@@ -205,21 +250,12 @@ def _params_for(
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise RequestError(f"params must be one SamplingParams or one per prompt ({len(prompts)}), got {len(params)}")
+    if not _is_list(params) or len(params) != len(prompts) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(f"params must be one SamplingParams or one per prompt ({len(prompts)}), got {show(params)}")
     return list(params)
 
 
 def _streamed(params: SamplingParams | None) -> SamplingParams:
     """A stream shows the log-probability of each token, so it always asks for it."""
-    params = params or SamplingParams()
+    params = _params_for([""], params)[0]
     return params if params.logprobs is not None else replace(params, logprobs=0)
-
-
-def _check_weights_fit(ops: Ops, config: ModelConfig, dtype: str) -> None:
-    needed, free = num_parameters(config) * ops.itemsize(dtype), ops.memory_stats()["free"]
-    if needed > free:
-        raise ConfigError(
-            f"the weights need {needed:,} bytes in {dtype} and {free:,} are free on {ops.device}; "
-            "use a shorter dtype or a larger device"
-        )

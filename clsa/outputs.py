@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clsa.errors import ClsaError
@@ -21,7 +21,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one request. `token` is None where it ended without one (cancelled, error)."""
+    """What one step added to one request. `token` is None where it ended without one (deadline, error)."""
 
     request: Request
     token: int | None
@@ -48,7 +48,7 @@ class Piece:
     """One step of a stream. Speeds are tokens per second so far; `peak_memory` is in bytes."""
 
     text: str
-    token: int
+    token: int  # -1 where the request ended without one
     logprob: float | None
     prompt_tokens: int
     cached_tokens: int
@@ -65,7 +65,7 @@ def collect(request: Request, deltas: Sequence[Delta]) -> RequestOutput:
     return RequestOutput(
         text="".join(delta.text for delta in deltas),
         token_ids=[delta.token for delta in deltas if delta.token is not None],
-        finish_reason=request.finish_reason or "cancelled",
+        finish_reason=(deltas[-1].finish_reason if deltas else None) or "cancelled",
         prompt_tokens=request.num_prompt_tokens,
         cached_tokens=request.cached_tokens,
         logprobs=None if request.params.logprobs is None else logprobs,
@@ -103,18 +103,3 @@ class PieceClock:
             peak_memory=peak_memory,
             finish_reason=delta.finish_reason,
         )
-
-
-def drain(pieces: Iterable[Piece]) -> RequestOutput:
-    """A whole stream as one output."""
-    every = list(pieces)
-    last = every[-1]
-    return RequestOutput(
-        text="".join(piece.text for piece in every),
-        token_ids=[piece.token for piece in every if piece.token >= 0],
-        finish_reason=last.finish_reason or "cancelled",
-        prompt_tokens=last.prompt_tokens,
-        cached_tokens=last.cached_tokens,
-        logprobs=None,
-        error=None,
-    )

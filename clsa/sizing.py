@@ -1,4 +1,4 @@
-"""How much state fits: decided once, before anything is allocated."""
+"""How much fits: decided once, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from clsa.config import PAGE_SIZE, EngineConfig
 from clsa.errors import ConfigError
 from clsa.ops import Ops
-from clsa.params import dtype_bytes, state_bytes_per_token, window_bytes
+from clsa.params import dtype_bytes, num_parameters, state_bytes_per_token, window_bytes
 from clsa.plan import Plan
+
+MAX_ROWS = (1 << 31) - 1  # of a memory or a window: rows are int32
+MAX_EMPTY_PAGES = 1 << 20  # of a model without a memory: pages cost nothing on the device, but a list on the host
+SNAPSHOTS_PER_SEQUENCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,11 @@ class Sizes:
 
 
 def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
-    """Size the state from `engine` and the free memory. Raises ConfigError if what was asked cannot fit.
+    """Size the state from `engine` and the memory that the weights, not loaded yet, will leave free.
 
     Rings for every running sequence come first, then the prefix cache's snapshots, then pages: as many as
-    `max_num_seqs` sequences of `max_model_len` can use, or `max_tokens_in_memory`, within the budget.
+    `max_num_seqs` sequences of `max_model_len` can use, or `max_tokens_in_memory`, within the budget. Raises
+    ConfigError, with the sizes, if what was asked cannot fit.
     """
     config = plan.config
     max_model_len = engine.max_model_len or config.max_position_embeddings
@@ -35,22 +40,54 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
         raise ConfigError(
             f"max_model_len must be at most the model's {config.max_position_embeddings} positions, got {max_model_len}"
         )
-    scale = ops.itemsize(dtype) / dtype_bytes(dtype)
-    ring_bytes = int(window_bytes(config, dtype) * scale)
-    page_bytes = int(state_bytes_per_token(config, dtype) * scale) * PAGE_SIZE
-    budget = int(ops.memory_stats()["free"] * engine.memory_fraction)
+    page_bytes, ring_bytes = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, 1)
+    budget = int(_free_beside_weights(ops, plan, dtype) * engine.memory_fraction)
     rings = engine.max_num_seqs * ring_bytes
-    snapshots = min(engine.prefix_cache_bytes // ring_bytes, 4 * engine.max_num_seqs) if ring_bytes else 0
-    snapshots = min(snapshots, max(0, budget - rings) // 4 // ring_bytes) if ring_bytes else 0
-    left = budget - rings - snapshots * ring_bytes
-    wanted = -(-(engine.max_tokens_in_memory or engine.max_num_seqs * max_model_len) // PAGE_SIZE)
-    pages = min(wanted, left // page_bytes) if page_bytes else wanted
-    if pages < 1 or (engine.max_tokens_in_memory is not None and pages < wanted):
-        needed = rings + (wanted if engine.max_tokens_in_memory else 1) * page_bytes
+    snapshots = _num_snapshots(plan, engine, ring_bytes, budget - rings)
+    tokens = engine.max_tokens_in_memory or engine.max_num_seqs * max_model_len
+    wanted = min(-(-tokens // PAGE_SIZE), MAX_ROWS // PAGE_SIZE if page_bytes else MAX_EMPTY_PAGES)
+    needed = wanted if engine.max_tokens_in_memory else 1
+    pages = wanted
+    if page_bytes:
+        pages = max(needed, min(wanted, (budget - rings - snapshots * ring_bytes) // page_bytes))
+    num_bytes = rings + snapshots * ring_bytes + pages * page_bytes
+    if num_bytes > budget:
         raise ConfigError(
-            f"the state needs {needed:,} bytes and {budget:,} may be used ({engine.memory_fraction:.0%} of the free "
-            f"memory of {ops.device}); lower max_num_seqs or max_tokens_in_memory"
+            f"the state needs {num_bytes:,} bytes and {budget:,} may be used ({engine.memory_fraction:.0%} of what the "
+            f"weights leave free on {ops.device}); lower max_num_seqs or max_tokens_in_memory"
         )
-    cached = min(pages, engine.prefix_cache_bytes // page_bytes) if page_bytes else 0
-    total = rings + snapshots * ring_bytes + pages * page_bytes
-    return Sizes(max_model_len, pages, engine.max_num_seqs, snapshots, cached, total)
+    if engine.max_num_seqs * config.sliding_window > MAX_ROWS and ring_bytes:
+        raise ConfigError(
+            f"max_num_seqs ({engine.max_num_seqs}) windows of {config.sliding_window} tokens are more than {MAX_ROWS} "
+            "rows; lower max_num_seqs"
+        )
+    cached = pages
+    if page_bytes:
+        cached = min(pages, (engine.prefix_cache_bytes - snapshots * ring_bytes) // page_bytes)
+    return Sizes(max_model_len, pages, engine.max_num_seqs, snapshots, cached, num_bytes)
+
+
+def _free_beside_weights(ops: Ops, plan: Plan, dtype: str) -> int:
+    weights, free = num_parameters(plan.config) * ops.itemsize(dtype), ops.memory_stats()["free"]
+    if weights > free:
+        raise ConfigError(
+            f"the weights need {weights:,} bytes in {dtype} and {free:,} are free on {ops.device}; "
+            "use a shorter dtype or a larger device"
+        )
+    return free - weights
+
+
+def _num_snapshots(plan: Plan, engine: EngineConfig, ring_bytes: int, left: int) -> int:
+    """At most half of the prefix cache's bytes, the other half are for pages, and a quarter of what is left."""
+    if not ring_bytes:
+        return 0
+    by_bytes = min(engine.prefix_cache_bytes // 2, max(0, left) // 4) // ring_bytes
+    by_rows = MAX_ROWS // plan.config.sliding_window - engine.max_num_seqs
+    return max(0, min(by_bytes, by_rows, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs))
+
+
+def state_bytes(ops: Ops, plan: Plan, dtype: str, num_pages: int, num_windows: int) -> int:
+    """Bytes of so many pages of all memories and so many sequences' windows, as this backend stores them."""
+    pages = num_pages * PAGE_SIZE * state_bytes_per_token(plan.config, dtype)
+    windows = num_windows * window_bytes(plan.config, dtype)
+    return (pages + windows) * ops.itemsize(dtype) // dtype_bytes(dtype)
