@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from clsa_mlx.backend import backend
+from clsa_mlx.device import backend
 
 __all__ = ["backend"]

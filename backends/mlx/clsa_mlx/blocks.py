@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-# Largest temporary of an op. Every op holds a handful of them at a time, so that together they stay near 256 MB. On
-# CPU the C allocator reuses blocks up to this size; larger ones are mapped and cleared anew at every use, which
-# costs ten times as much as filling them.
-BLOCK_BYTES = 32 << 20
+from clsa.ops import Queries
+
+# Largest temporary of an op. An op holds a handful of them at a time, together less than 256 MB. On CPU the C allocator
+# maps and clears blocks of 32 MB and more anew at every use, which costs ten times what filling them does.
+BLOCK_BYTES = 24 << 20
 
 
-def block_len(bytes_per_row: int) -> int:
-    """Rows of a block whose largest temporary takes this many bytes per row."""
-    return max(1, BLOCK_BYTES // max(1, bytes_per_row))
+def blocks(start: int, stop: int, bytes_per_row: int, at_most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut rows start..stop into blocks whose largest temporary, of so many bytes per row, stays in bounds."""
+    length = max(1, BLOCK_BYTES // max(1, bytes_per_row))
+    length = length if at_most is None else min(length, at_most)
+    return ((first, min(first + length, stop)) for first in range(start, stop, length))
 
 
-def ranges(start: int, stop: int, block: int) -> Iterable[tuple[int, int]]:
-    return ((i, min(i + block, stop)) for i in range(start, stop, block))
+def spans(queries: Queries) -> Iterator[tuple[int, int, int]]:
+    """Sequence, first row, last row + 1 of every sequence that asks something."""
+    for b, (start, stop) in enumerate(zip(queries.cu_seqlens, queries.cu_seqlens[1:], strict=False)):
+        if start < stop:
+            yield b, start, stop
 
 
-def in_turn(calls: Iterable[Callable[[Callable[[mx.array], mx.array]], mx.array]]) -> mx.array:
-    """Concatenate the results of calls along axis 0; each runs after the one before it.
+def after(parts: Sequence[mx.array], x: mx.array) -> mx.array:
+    """`x`, once the last of `parts` is there.
 
-    MLX would start independent calls side by side, all their temporaries at once. Each call is given a function that
-    it must apply to the arrays it starts from.
+    Left alone, MLX starts independent blocks side by side, with all their temporaries at once.
     """
-    parts: list[mx.array] = []
-    for call in calls:
-        last = parts[-1] if parts else None
+    return mx.depends(x, parts[-1]) if parts else x
 
-        def after(x: mx.array, last: mx.array | None = last) -> mx.array:
-            return x if last is None else mx.depends(x, last)
 
-        parts.append(call(after))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+def join(parts: Sequence[mx.array], axis: int = 0) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=axis)

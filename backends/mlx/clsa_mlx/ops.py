@@ -1,4 +1,4 @@
-"""The ops of `clsa.ops.Ops` on MLX arrays. `clsa_mlx.backend.open(device)` sets the device they run on."""
+"""The ops of `clsa.ops.Ops` on MLX arrays. They run on the device that the backend opened."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _arrays(value: Any) -> Iterator[mx.array]:
             yield from _arrays(item)
     elif isinstance(value, dict):
         yield from _arrays(list(value.values()))
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, type):
         yield from _arrays([getattr(value, field.name) for field in fields(value)])
 
 

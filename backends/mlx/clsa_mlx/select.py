@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import mlx.core as mx
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection
 from clsa_mlx.attention import sequence_rows
-from clsa_mlx.blocks import block_len, in_turn, ranges
+from clsa_mlx.blocks import after, blocks, join, spans
 
 _NOWHERE = 2**31 - 1  # sorts behind every position
 _UNSEEN = -(2**63)  # sorts below the key of every score
@@ -25,12 +22,23 @@ def select(q_idx: mx.array, memory: Memory, queries: Queries, k: int, block_size
         pages = queries.block_table[queries.sequence]
         positions = _best(_paged_scores(q_idx, memory.k_idx, pages), queries.positions, k, block_size)
     else:
-        positions = in_turn(_chunk_blocks(q_idx, memory.k_idx, queries, k, block_size))
+        positions = _best_of_chunks(q_idx, memory.k_idx, queries, k, block_size)
     return _selection(positions, queries)
 
 
 def take_selection(selection: Selection, rows: mx.array) -> Selection:
     return Selection(selection.positions[rows], selection.rows[rows], selection.lengths[rows])
+
+
+def _best_of_chunks(q: mx.array, k_idx: mx.array, queries: Queries, k: int, block_size: int) -> mx.array:
+    """Like `_best`, for queries that share the keys of their sequence: [T, I], [N, I] -> [T, k]."""
+    parts: list[mx.array] = []
+    for b, start, stop in spans(queries):
+        keys = k_idx[after(parts, sequence_rows(queries, b))].astype(mx.float32)  # [S, I]
+        for first, last in blocks(start, stop, 16 * keys.shape[0]):
+            scores = after(parts, q[first:last]).astype(mx.float32) @ keys.T
+            parts.append(_best(scores, queries.positions[first:last], k, block_size))
+    return join(parts)
 
 
 def largest(scores: mx.array, count: int, seen: mx.array | None = None) -> mx.array:
@@ -94,26 +102,9 @@ def _paged_scores(q: mx.array, k_idx: mx.array, pages: mx.array) -> mx.array:
         scores = mx.gather_mm(q.astype(mx.float32)[:, None], keys.swapaxes(1, 2), queries, pages.astype(mx.uint32))
         return scores.reshape(num_queries, -1)
     # Half-precision products would come back rounded to half precision, full of ties that are none.
-    block = block_len(4 * num_queries * PAGE_SIZE * k_idx.shape[1])
-    parts = [
-        q.astype(mx.float32)[:, None]
-        @ keys[pages[:, first:last]].astype(mx.float32).reshape(num_queries, -1, k_idx.shape[1]).swapaxes(1, 2)
-        for first, last in ranges(0, num_pages, block)
-    ]
-    return mx.concatenate(parts, axis=2)[:, 0]
-
-
-def _chunk_blocks(
-    q: mx.array, k_idx: mx.array, queries: Queries, k: int, block_size: int
-) -> Iterator[Callable[[Callable[[mx.array], mx.array]], mx.array]]:
-    for b, (start, stop) in enumerate(zip(queries.cu_seqlens, queries.cu_seqlens[1:], strict=False)):
-        if start == stop:
-            continue
-        keys = k_idx[sequence_rows(queries, b)].astype(mx.float32)  # [S, I]
-        block = block_len(8 * keys.shape[0])
-
-        def best(first: int, last: int, keys: mx.array, after: Callable[[mx.array], mx.array]) -> mx.array:
-            scores = after(q[first:last].astype(mx.float32)) @ keys.T
-            return _best(scores, queries.positions[first:last], k, block_size)
-
-        yield from (partial(best, *limits, keys) for limits in ranges(start, stop, block))
+    q = q.astype(mx.float32)[:, None]
+    parts: list[mx.array] = []
+    for first, last in blocks(0, num_pages, 4 * num_queries * PAGE_SIZE * k_idx.shape[1]):
+        some = keys[after(parts, pages[:, first:last])].astype(mx.float32)
+        parts.append(q @ some.reshape(num_queries, -1, k_idx.shape[1]).swapaxes(1, 2))
+    return join(parts, axis=2)[:, 0]

@@ -4,10 +4,11 @@ Behind the rows that were asked for lie two of our own: the zero row, never writ
 sees nothing (what is masked is multiplied by zero, so it has to be finite), and the last row, which takes what a
 mapping of -1 discards.
 
-A write costs its own rows and no copy of the buffer, as long as nothing else holds the buffer when MLX reaches the
-write: earlier readers must have run. The ops do their part by assigning to the array they were given, so an old
-Memory or Window that somebody keeps does not hold the old buffer; a caller must not keep slices or reshaped views of
-it, and should pass the new state to `evaluate` together with the results of the step.
+A write costs its own rows and no copy of the buffer if nothing holds the buffer when MLX comes to it. The ops see to
+their part by assigning to the array they were given, so that an old Memory or Window that somebody still has does not
+hold the old buffer. The caller must not keep slices or reshaped views, and what was given to `evaluate` is held until
+the device is through with it. MLX runs at most ten tasks ahead, fewer than lie between the writes of two steps of a
+model; but writes issued back to back, with nothing in between, find the buffer held and copy it.
 """
 
 from __future__ import annotations
