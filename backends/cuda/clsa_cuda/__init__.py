@@ -15,6 +15,7 @@ from clsa.ops import Device
 
 if TYPE_CHECKING:
     from clsa_cuda.ops import TorchOps
+    from clsa_cuda.trainer import TorchTrainer
 
 MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 arithmetic
 
@@ -42,6 +43,14 @@ class CudaBackend:
         from clsa_cuda.ops import TorchOps
 
         return TorchOps(usable[0].name)
+
+    def open_trainer(self, device: str | None = None, dtype: str = "bfloat16") -> TorchTrainer:
+        """A `clsa.train.trainer.Trainer` on "cuda", "cuda:N" or "cpu"; None takes the GPU if there is one."""
+        if reason := _why_no_torch():
+            raise BackendError(f"backend 'cuda' cannot train here: {reason}")
+        from clsa_cuda.trainer import open_trainer
+
+        return open_trainer(device, dtype)
 
 
 def _why_no_torch() -> str | None:
