@@ -146,6 +146,7 @@ def replaying(ops: Ops, record: Sequence[Selection]) -> Any:
 
     def select(q_idx: Any, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
         own = spec.select(q_idx, memory, queries, k, block_size)
+        assert memory.k_idx is not None
         theirs = next(remaining)
         positions, rows, lengths = (integers(ops, x) for x in (theirs.positions, theirs.rows, theirs.lengths))
         assert_equal("lengths", lengths, own.lengths)
@@ -165,7 +166,7 @@ def replaying(ops: Ops, record: Sequence[Selection]) -> Any:
 
 def assert_parity(ops: Ops, case: str, steps: Sequence[Sequence[SequenceChunk]]) -> np.ndarray:
     """Run the steps on both; hold selections and logits against each other; return the backend's logits."""
-    ours, theirs = Model(ops, case), Model(spec, case)  # type: ignore[arg-type]
+    ours, theirs = Model(ops, case), Model(spec, case)
     outputs = []
     for i, chunks in enumerate(steps):
         record: list[Selection] = []
@@ -225,6 +226,7 @@ def measuring(margins: list[float]) -> Any:
 
     def select(q_idx: Any, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
         selection = spec.select(q_idx, memory, queries, k, block_size)
+        assert memory.k_idx is not None
         for t, (last, sequence) in enumerate(zip(queries.positions, queries.sequence)):
             keys = memory.k_idx[spec.physical_rows(queries, sequence, np.arange(last + 1))]
             scores = np.full(-(-len(keys) // block_size) * block_size, -np.inf)
@@ -242,7 +244,7 @@ def measuring(margins: list[float]) -> Any:
 def test_steady_checkpoints_leave_no_ties(case: str) -> None:
     margins: list[float] = []
     for chunks in ([TEXT.chunk(0, 150)], [text.chunk(0, len(text.tokens)) for text in PACKED]):
-        Model(spec, case).step(chunks, measuring(margins))  # type: ignore[arg-type]
+        Model(spec, case).step(chunks, measuring(margins))
     assert len(margins) > 100 and min(margins) > ROUTING_SLACK
 
 
@@ -288,7 +290,7 @@ def test_packed_sequences_are_as_alone(ops: Ops, case: str) -> None:
 @pytest.mark.parametrize("case", ["transformer", "clsa", "mixed-blocks4", "clsa-k-larger-than-text"])
 def test_16_bit_weights_run(ops: Ops, case: str, dtype: str) -> None:
     """Rounding of activations adds up over layers, so this only proves the right order of magnitude."""
-    model, reference = Model(ops, case), Model(spec, case)  # type: ignore[arg-type]
+    model, reference = Model(ops, case), Model(spec, case)
     flat = _leaves(model.params)
     rounded = {id(x): ops.cast(x, dtype) for x in flat}
     model.params = _mapped(model.params, lambda x: rounded[id(x)])

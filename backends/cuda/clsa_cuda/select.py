@@ -35,8 +35,8 @@ def take_selection(selection: Selection, rows: Tensor) -> Selection:
 
 
 def ordered_keys(scores: Tensor) -> Tensor:
-    """Distinct int64 keys in the order of scores [..., S]: NaN is -inf, equal scores fall with the position."""
-    scores = torch.where(scores.isnan(), -torch.inf, scores.float()) + 0.0  # -0.0 becomes 0.0
+    """Distinct int64 keys in the order of scores [..., S] without NaN; equal scores fall with the position."""
+    scores = scores.float() + 0.0  # -0.0 becomes 0.0
     bits = scores.view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # floats of both signs, in integer order
     inverted = _LOW_BITS - torch.arange(scores.shape[-1], device=scores.device)
