@@ -61,7 +61,7 @@ class Request:
     in_flight: int = field(init=False, default=0)  # steps under way that refer to it
     leaving: bool = field(init=False, default=False)  # gives everything back when in_flight is 0
     tainted: bool = field(init=False, default=False)  # a step went wrong after the end: nothing may be shared
-    last_step: int = field(init=False, default=0)
+    last_turn: int = field(init=False, default=0)  # of its latest chunk, among all chunks there have been
     last_row: int = field(init=False, default=0)  # of its latest sample, among the logits of that step
 
     def __post_init__(self, prompt: list[int]) -> None:

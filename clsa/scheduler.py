@@ -53,7 +53,7 @@ class StepPlan:
 class _Draft:
     """The plan under construction."""
 
-    step: int
+    turn: int  # chunks of all earlier plans
     budget: int
     chunks: list[Chunk] = field(default_factory=list)
     restores: list[Copy] = field(default_factory=list)
@@ -69,7 +69,7 @@ class _Draft:
         self.budget -= stop - start
         request.num_computed = stop
         request.in_flight += 1
-        request.last_step = self.step
+        request.last_turn = self.turn + len(self.chunks)
         if wants_logits:
             request.num_total += 1
             request.last_row = self.num_logits
@@ -121,7 +121,7 @@ class Scheduler:
         self._leaving = 0
         self._outstanding: deque[StepPlan] = deque()
         self._refused: tuple[Request, int, int] | None = None  # who was not admitted, and with what around
-        self._arrivals = self._steps = self._preemptions = self._tokens_hit = self._tokens_admitted = 0
+        self._arrivals = self._steps = self._turns = self._preemptions = self._tokens_hit = self._tokens_admitted = 0
 
     # -- requests ------------------------------------------------------------------------------------------------
     def add(self, request: Request) -> None:
@@ -221,7 +221,7 @@ class Scheduler:
             if request.num_total < request.max_total:
                 one = request.num_total - request.num_computed == 1
                 (decodes if one else prefills).append(request)
-        draft = _Draft(self._steps, self._max_tokens)
+        draft = _Draft(self._turns, self._max_tokens)
         reserve = self._reserve() if prefills or (self._waiting and self._state.free_slots) else 0
         late = self._decode(draft, decodes, reserve)
         before = draft.budget
@@ -231,6 +231,7 @@ class Scheduler:
         if not draft.chunks:
             return None
         self._steps += 1
+        self._turns += len(draft.chunks)
         num_tokens = self._max_tokens - draft.budget
         plan = StepPlan(tuple(draft.chunks), tuple(draft.restores), tuple(draft.snapshots), num_tokens)
         self._outstanding.append(plan)
@@ -283,10 +284,11 @@ class Scheduler:
 
         Returns those whom it did not reach.
         """
-        last = draft.budget - reserve
-        if len(decodes) > last:
-            decodes = sorted(decodes, key=_last_step)
-        for request in decodes[:last]:
+        if len(decodes) > draft.budget - reserve:
+            decodes = sorted(decodes, key=_last_turn)
+        for i, request in enumerate(decodes):
+            if draft.budget <= reserve:
+                return decodes[i:]
             if request.leaving or request.state is not State.RUNNING:  # pre-empted in this very step
                 continue
             stop = request.num_computed + 1
@@ -295,7 +297,7 @@ class Scheduler:
                     continue
                 self._state.grow(request, stop)
             draft.place(request, stop, None if stop % PAGE_SIZE else self._state.snapshot(request, stop, move=True))
-        return decodes[last:]
+        return []
 
     def _prefill(self, draft: _Draft, prefills: list[Request]) -> None:
         """Chunks of running prompts and of newly admitted ones, merged in the order of service."""
@@ -362,8 +364,6 @@ class Scheduler:
                 draft.stalled = True
                 return 0
             self._running.pop()
-            self._preemptions += 1
-            victim.preemptions += 1
             self._leave(victim)
         return min(wanted, self._state.pool.num_available)
 
@@ -379,6 +379,8 @@ class Scheduler:
         request.leaving = False
         self._state.release(request)
         if request.state is State.RUNNING:  # pre-empted: all its tokens are to be computed again
+            self._preemptions += 1
+            request.preemptions += 1
             request.state = State.WAITING
             request.num_computed, request.num_total = 0, len(request.tokens)
             self._waiting.push(request.priority, request)
@@ -388,8 +390,8 @@ def _key(request: Request) -> tuple[int, int]:
     return request.key
 
 
-def _last_step(request: Request) -> int:
-    return request.last_step
+def _last_turn(request: Request) -> int:
+    return request.last_turn
 
 
 def _results(plan: StepPlan, samples: Sequence[int | Exception] | Exception) -> Iterator[int | Exception]:
