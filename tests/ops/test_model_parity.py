@@ -8,7 +8,6 @@ differ), and then both sides go on with the same selection.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,14 @@ from clsa import spec
 from clsa.batch import SequenceChunk, build_batch
 from clsa.config import PAGE_SIZE, ModelConfig
 from clsa.model import forward, new_state
-from clsa.ops import Memory, Ops, Queries, Selection
+from clsa.ops import Ops, Selection
 from clsa.params import nest, tensor_shapes
 from clsa.plan import make_plan
-from tests.ops.cases import integers
-from tests.ops.routing import assert_best
-from tests.tolerance import assert_close, assert_equal
+from tests.ops.replay import ROUTING_SLACK, following, measuring, recording, replaying
+from tests.tolerance import assert_close
 
 SLIDING, FULL, CROSS = "sliding_attention", "full_attention", "cross_attention"
 VOCAB = 97
-# Share of the largest score of a query by which float32 activations may move a score, layers of rounding included.
-ROUTING_SLACK = 2e-5
 
 PLANS: dict[str, tuple[list[str], str]] = {
     "transformer": ([FULL] * 3, "DDD"),
@@ -129,41 +125,6 @@ class Text:
 TEXT = Text(0, 150, [7, 2, 5], 3)
 
 
-def recording(ops: Ops, record: list[Selection]) -> Any:
-    """`ops` that also keep each selection they make."""
-
-    def select(*args: Any) -> Selection:
-        record.append(ops.select(*args))
-        return record[-1]
-
-    functions = {name: getattr(ops, name) for name in dir(ops) if not name.startswith("_")}
-    return SimpleNamespace(**(functions | {"select": select}))
-
-
-def replaying(ops: Ops, record: Sequence[Selection]) -> Any:
-    """The specification, going on with the backend's selections after checking each of them."""
-    remaining = iter(record)
-
-    def select(q_idx: Any, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
-        own = spec.select(q_idx, memory, queries, k, block_size)
-        assert memory.k_idx is not None
-        theirs = next(remaining)
-        positions, rows, lengths = (integers(ops, x) for x in (theirs.positions, theirs.rows, theirs.lengths))
-        assert_equal("lengths", lengths, own.lengths)
-        for t in np.flatnonzero((positions != own.positions).any(axis=1)):
-            last, sequence = queries.positions[t], queries.sequence[t]
-            keys = memory.k_idx[spec.physical_rows(queries, sequence, np.arange(last + 1))]
-            scores = keys @ q_idx[t]
-            slack = ROUTING_SLACK * np.linalg.norm(q_idx[t]) * np.linalg.norm(keys, axis=1).max()
-            chosen = positions[t, : lengths[t]]
-            assert (np.diff(chosen) > 0).all()
-            assert_best(f"query {t}", chosen, scores, k, block_size, slack)
-            assert_equal("rows", rows[t, : lengths[t]], spec.physical_rows(queries, sequence, chosen).astype(np.int32))
-        return Selection(positions, rows, lengths)
-
-    return SimpleNamespace(**(vars(spec) | {"select": select}))
-
-
 def assert_parity(ops: Ops, case: str, steps: Sequence[Sequence[SequenceChunk]]) -> np.ndarray:
     """Run the steps on both; hold selections and logits against each other; return the backend's logits."""
     ours, theirs = Model(ops, case), Model(spec, case)
@@ -219,25 +180,6 @@ def test_logits_of_a_packed_step(ops: Ops, case: str) -> None:
 STEADY_CASES = ["transformer", "yoco", "clsa", "mixed", "sliding-only", "clsa-blocks4"]
 STEADY = pytest.mark.parametrize("case", STEADY_CASES)
 PACKED = [Text(1, 65, [4, 0], 5), Text(2, 131, [11, 1, 9], 0), Text(3, 1, [3], 2), Text(4, 70, [6, 10], 1)]
-
-
-def measuring(margins: list[float]) -> Any:
-    """The specification, which also notes how far the worst chosen score of each query is from the best one left."""
-
-    def select(q_idx: Any, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
-        selection = spec.select(q_idx, memory, queries, k, block_size)
-        assert memory.k_idx is not None
-        for t, (last, sequence) in enumerate(zip(queries.positions, queries.sequence)):
-            keys = memory.k_idx[spec.physical_rows(queries, sequence, np.arange(last + 1))]
-            scores = np.full(-(-len(keys) // block_size) * block_size, -np.inf)
-            scores[: len(keys)] = keys @ q_idx[t]
-            best = np.sort(scores.reshape(-1, block_size).max(axis=1))[::-1]
-            if (chosen := k // block_size) < len(best):
-                scale = np.linalg.norm(q_idx[t]) * np.linalg.norm(keys, axis=1).max()
-                margins.append((best[chosen - 1] - best[chosen]) / scale)
-        return selection
-
-    return SimpleNamespace(**(vars(spec) | {"select": select}))
 
 
 @pytest.mark.parametrize("case", [case for case in STEADY_CASES if "F" in PLANS[CASES[case][0]][1]])
@@ -299,21 +241,10 @@ def test_16_bit_weights_run(ops: Ops, case: str, dtype: str) -> None:
     record: list[Selection] = []
     got = model.step([TEXT.chunk(0, 111)], recording(ops, record))
     k = len(record)
-    want = reference.step([TEXT.chunk(0, 111)], _following(ops, record))
+    want = reference.step([TEXT.chunk(0, 111)], following(ops, record))
     assert got is not None and want is not None and (k > 0) == ("F" in model.config.index_topk_pattern)
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert error < {"bfloat16": 5e-2, "float16": 7e-3}[dtype], error
-
-
-def _following(ops: Ops, record: Sequence[Selection]) -> Any:
-    """The specification with the backend's selections, unchecked."""
-    remaining = iter(record)
-
-    def select(*args: Any) -> Selection:
-        theirs = next(remaining)
-        return Selection(*(ops.to_numpy(x) for x in (theirs.positions, theirs.rows, theirs.lengths)))
-
-    return SimpleNamespace(**(vars(spec) | {"select": select}))
 
 
 def _mapped(tree: Any, function: Any) -> Any:
