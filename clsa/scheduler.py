@@ -59,7 +59,7 @@ class _Draft:
     restores: list[Copy] = field(default_factory=list)
     snapshots: list[Copy] = field(default_factory=list)
     num_logits: int = 0
-    stalled: bool = False  # somebody found no page: nobody new is admitted
+    closed: bool = False  # the head of the queue was not admitted, so nobody is
 
     def place(self, request: Request, stop: int, snapshot: Copy | None) -> None:
         start = request.num_computed
@@ -293,7 +293,7 @@ class Scheduler:
                 continue
             stop = request.num_computed + 1
             if stop > len(request.pages) * PAGE_SIZE:
-                if not self._find_pages(draft, request, 1):
+                if not self._find_pages(request, 1):
                     continue
                 self._state.grow(request, stop)
             draft.place(request, stop, None if stop % PAGE_SIZE else self._state.snapshot(request, stop, move=True))
@@ -304,7 +304,7 @@ class Scheduler:
         rest = iter(prefills)
         running = next(rest, None)
         while draft.budget:
-            head = self._waiting.peek() if self._state.free_slots and not draft.stalled else None
+            head = self._waiting.peek() if self._state.free_slots and not draft.closed else None
             if head is not None and (running is None or head.key < running.key):
                 if self._admit(draft, head):
                     self._chunk(draft, head)
@@ -320,7 +320,7 @@ class Scheduler:
         stop = min(request.num_total, request.num_computed + draft.budget)
         missing = num_pages(stop) - len(request.pages)
         if missing > 0:
-            stop = min(stop, (len(request.pages) + self._find_pages(draft, request, missing)) * PAGE_SIZE)
+            stop = min(stop, (len(request.pages) + self._find_pages(request, missing)) * PAGE_SIZE)
             if stop <= request.num_computed:
                 return
         stop, due = self._state.cut(request, stop)
@@ -335,7 +335,7 @@ class Scheduler:
         state = self._state
         around = (request, len(self._running), state.pool.num_available)
         if self._refused == around:
-            draft.stalled = True
+            draft.closed = True
             return False
         hit = state.prefix.match(request.chain)
         goal = request.num_total if request.preemptions else min(request.num_total, hit.num_tokens + draft.budget)
@@ -343,7 +343,7 @@ class Scheduler:
         if needed > state.pool.num_available:
             state.pool.release(hit.pages)
             self._refused = around
-            draft.stalled = True
+            draft.closed = True
             return False
         self._waiting.pop()
         request.state = State.RUNNING
@@ -356,12 +356,11 @@ class Scheduler:
         insort(self._running, request, key=_key)
         return True
 
-    def _find_pages(self, draft: _Draft, request: Request, wanted: int) -> int:
+    def _find_pages(self, request: Request, wanted: int) -> int:
         """How many of `wanted` pages the request may take now; pre-empts only if it would be none."""
         while not self._state.pool.num_available:
             victim = self._running[-1]
             if self._leaving or victim is request:  # pages are on their way, or it is not its turn
-                draft.stalled = True
                 return 0
             self._running.pop()
             self._leave(victim)

@@ -131,6 +131,14 @@ def test_leaves_go_first_and_the_least_recently_used_chain_before_others() -> No
     assert setup.cache.stats()["snapshots_free"] == len(SNAPSHOTS)
 
 
+def test_a_whole_old_chain_goes_before_the_last_of_a_newer_one() -> None:
+    setup = Setup()
+    setup.put(text(3), (3,))
+    setup.put([2] * P, (1,))
+    assert setup.cache.evict(3) == 3
+    assert setup.hit([2] * P + [7]) == P
+
+
 def test_pages_that_a_request_holds_are_not_evicted() -> None:
     setup = Setup()
     setup.put(text(3), (3,))
@@ -222,6 +230,17 @@ def test_what_lost_its_ancestors_gives_way_to_the_same_tokens() -> None:
     setup.put(text(3), (3,))
     assert setup.hit([*text(3), 7]) == 3 * P
     assert len(setup.cache) == 3
+
+
+def test_a_request_whose_published_pages_were_discarded_starts_over() -> None:
+    setup = Setup()
+    chain = Chain(text(1) + [2] * P)
+    pages, others = setup.take(2), setup.take(1)
+    assert setup.cache.insert(chain, pages[:1], {}, final=False) == 1
+    setup.cache.discard(chain, pages[:1], 0)
+    assert setup.cache.insert(Chain(text(1)), others, {}, final=False) == 1
+    assert setup.cache.insert(chain, pages, {}, start=1, final=False) == 0
+    assert len(setup.cache) == 1
 
 
 def test_another_requests_page_is_not_discarded() -> None:

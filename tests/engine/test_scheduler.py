@@ -455,6 +455,7 @@ def test_a_preempted_request_comes_back_only_when_all_of_it_fits() -> None:
     scheduler = make(num_pages=8, num_snapshots=0)
     _, b = add(scheduler, request("a", 2 * P, 6 * P), request("b", 2 * P - 2, 10))
     step(scheduler)
+    scheduler._max_tokens = P
     scheduler._state.pool.allocate(4)
     assert step(scheduler) == [("a", 128, 129)]
     assert (b.preemptions, scheduler.stats()["pages_free"]) == (1, 1)
@@ -462,7 +463,7 @@ def test_a_preempted_request_comes_back_only_when_all_of_it_fits() -> None:
     step(scheduler)
     assert (b.state, scheduler.stats()["pages_free"]) == (State.WAITING, 2)
     scheduler._state.pool.release([6])
-    assert step(scheduler) == [("a", 130, 131), ("b", 0, 127)]
+    assert step(scheduler) == [("a", 130, 131), ("b", 0, 63)]
 
 
 # -- prefixes ----------------------------------------------------------------------------------------------------
@@ -549,6 +550,25 @@ def test_one_step_ahead_each_boundary_of_a_prompt_has_a_snapshot_of_its_own() ->
     assert list(a.snapshots) == [2 * P]
     complete(scheduler, second)
     assert scheduler.stats()["snapshots_cached"] == 2
+
+
+def test_prompts_that_creep_are_published_too() -> None:
+    scheduler = make(snapshot_every=1, max_tokens_per_step=1)
+    add(scheduler, request("a", 4 * P, 2))
+    for _ in range(2 * P):
+        step(scheduler)
+    assert scheduler.stats()["snapshots_cached"] == 2
+
+
+def test_what_cannot_be_shared_while_another_runs_is_shared_at_the_end() -> None:
+    scheduler = make(max_tokens_per_step=1024)
+    stem = [1] * 2 * P
+    a, b = add(scheduler, request("a", [*stem, 2], 1000), request("b", [*stem, *[3] * P, 4], 2))
+    while b.state is not State.FINISHED:
+        step(scheduler)
+    (c,) = add(scheduler, request("c", [*stem, *[3] * P, 5], 2))
+    step(scheduler)
+    assert (a.state, c.cached_tokens) == (State.RUNNING, 3 * P)
 
 
 def test_a_decoding_request_owns_one_snapshot_and_moves_it() -> None:
