@@ -217,15 +217,15 @@ class _Turn:
 
     def add(self, delta: Delta) -> None:
         self._answer.append(delta.text)
-        self._tokens += [] if delta.token is None else [delta.token]
+        if delta.token is not None and delta.finish_reason != "stop":  # what stops an answer is not in its text
+            self._tokens.append(delta.token)
 
     def encode_next(self, text: str, tokenizer: Tokenizer) -> list[int]:
         """The ids of `text`: where it goes on from this turn, what that turn had is not tokenised anew."""
         answer = "".join(self._answer)
-        tokens = [token for token in self._tokens if not tokenizer.is_silent(token)]
         known = [(self._text, self.prompt)]
-        if tokenizer.decode(tokens) == answer:  # not where a stop string ended it, or text was held back
-            known.insert(0, (self._text + answer, self.prompt + tokens))
+        if tokenizer.decode(self._tokens) == answer:  # not where text was held back or cut by a stop string
+            known.insert(0, (self._text + answer, self.prompt + self._tokens))
         before, ids = next((pair for pair in known if text.startswith(pair[0])), ("", []))
         rest = text[len(before) :]
         return ids + (tokenizer.encode(rest, add_special_tokens=False) if rest else [])
