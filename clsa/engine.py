@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
 from clsa.config import EngineConfig, SamplingParams
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, RequestError
 from clsa.model import Params
 from clsa.ops import Ops, Sampled
 from clsa.outputs import Delta, TokenLogprob
@@ -36,8 +37,9 @@ class Engine:
     made in between is dropped.
 
     A step that fails on the device ends the running requests with an error and empties the prefix cache, because
-    nothing on the device is certain any more; those that wait go on with an empty state. Anything else that leaves
-    `step`, such as Ctrl-C, has ended every request with an error. Either way the engine may be used again.
+    nothing on the device is certain any more; those that wait go on with an empty state. Any exception that leaves a
+    method, such as Ctrl-C but not RequestError, has ended every request with an error. Either way the engine may be
+    used again.
     """
 
     def __init__(
@@ -90,14 +92,15 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if the queue is full."""
-        self.scheduler.add(request)
-        self._answers[request.id] = _Answer(
-            request, IncrementalDecoder(self._tokenizer), StopMatcher(request.params.stop)
-        )
+        answer = _Answer(request, IncrementalDecoder(self._tokenizer), StopMatcher(request.params.stop))
+        with self._all_or_restart():
+            self.scheduler.add(request)
+            self._answers[request.id] = answer
 
     def step(self) -> list[Delta]:
         """Launch the next step, then read the one before it: what each request got, in order of service."""
-        self._advance_safely()
+        with self._all_or_restart():
+            self._advance()
         deltas, self._outbox = self._outbox, []
         return deltas
 
@@ -106,20 +109,25 @@ class Engine:
 
         What they hold comes back when the step under way has been read; if nobody else waits for it, that is now.
         """
-        for request in requests:
-            self.scheduler.cancel(request.id)
-            self._answers.pop(request.id, None)
-        if self._in_flight is not None and not self._answers:
-            self._advance_safely()
+        with self._all_or_restart():
+            for request in requests:
+                self._answers.pop(request.id, None)
+                self.scheduler.cancel(request.id)
+            if self._in_flight is not None and not self._answers:
+                self._advance()
 
     def stats(self) -> dict[str, int]:
         """Counters, by name; they start again after a step that failed."""
         return self.scheduler.stats()
 
     # -- one step ------------------------------------------------------------------------------------------------
-    def _advance_safely(self) -> None:
+    @contextmanager
+    def _all_or_restart(self) -> Iterator[None]:
+        """What goes wrong in here leaves nothing half done."""
         try:
-            self._advance()
+            yield
+        except RequestError:
+            raise  # a refusal, before anything was done
         except StepFailed as failure:
             self._restart(str(failure), keep_waiting=True)
         except BaseException:
@@ -198,7 +206,9 @@ class Engine:
         """The end of a request without another token: what was held back is given out."""
         answer = self._answers.pop(request.id)
         text, stopped = answer.matcher.push(answer.decoder.flush())
-        return Delta(request, None, text if stopped else text + answer.matcher.flush(), None, request.finish_reason)
+        if not stopped:
+            return Delta(request, None, text + answer.matcher.flush(), None, request.finish_reason)
+        return Delta(request, None, text, None, "stop" if request.finish_reason == "length" else request.finish_reason)
 
 
 def _logprob(request: Request, read: Sampled | None, row: int) -> TokenLogprob | None:

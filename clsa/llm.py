@@ -201,9 +201,9 @@ class LLM:
                 yield clock.piece(delta, self._ops.memory_stats()["peak"])
 
     def _close(self, requests: Sequence[Request]) -> None:
+        self._engine.cancel(requests)
         for request in requests:
             self._mail.pop(request.id, None)
-        self._engine.cancel(requests)
 
 
 class _Turn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ import numpy as np
 import pytest
 
 import clsa
+from clsa.backend import load_backend
 from clsa.checkpoint import find_tokenizer_files, save_checkpoint
 from clsa.config import EngineConfig, ModelConfig, SamplingParams
+from clsa.engine import Engine
 from clsa.llm import LLM
-from clsa.params import init_params
+from clsa.ops import Ops
+from clsa.outputs import Delta, RequestOutput, collect
+from clsa.params import init_params, nest
+from clsa.plan import make_plan
+from clsa.request import Request
+from clsa.sizing import plan_sizes
+from clsa.tokenizer import load_tokenizer
 from clsa.train.bpe import save_tokenizer, train_tokenizer
 
 SLIDING, FULL, CROSS = "sliding_attention", "full_attention", "cross_attention"
@@ -116,3 +125,73 @@ def sampling(rng: random.Random, max_tokens: int | None = None) -> SamplingParam
         ignore_eos=rng.random() < 0.3,
         logprobs=rng.choice((None, None, 0, 3)),
     )
+
+
+def engine(
+    ops: Ops, weights: dict[str, np.ndarray] | None = None, config: ModelConfig = CONFIG, **sizes: Any
+) -> Engine:
+    """The engine without the LLM around it, in float32."""
+    plan, settings = make_plan(config), EngineConfig(**{"prefix_cache_bytes": 1 << 24, "max_num_seqs": 4} | sizes)
+    tree = nest({name: ops.asarray(w, "float32") for name, w in (weights or params(config)).items()})
+    tokenizer = load_tokenizer(folder(), CONFIG)
+    return Engine(ops, tree, plan, tokenizer, "float32", settings, plan_sizes(ops, plan, "float32", settings))
+
+
+def open_ops(backend: str) -> Ops:
+    return load_backend(backend, "cpu" if backend == "cuda" else None)[0]
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> dict[Request, RequestOutput]:
+    """Add these requests and run the engine until it has nothing left to do."""
+    for request in requests:
+        engine.add(request)
+    return finish(engine, requests)
+
+
+def finish(engine: Engine, requests: Sequence[Request]) -> dict[Request, RequestOutput]:
+    deltas: dict[Request, list[Delta]] = {request: [] for request in requests}
+    while engine.has_work:
+        for delta in engine.step():
+            deltas[delta.request].append(delta)
+    assert_all_returned(engine.stats())
+    return {request: collect(request, parts) for request, parts in deltas.items()}
+
+
+def assert_all_returned(stats: dict[str, int]) -> None:
+    """Nothing runs, and nobody but the cache holds anything."""
+    assert stats["running"] == stats["waiting"] == 0
+    assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
+    assert stats["slots_free"] == stats["slots_total"]
+    assert stats["snapshots_free"] + stats["snapshots_cached"] == stats["snapshots_total"]
+
+
+class Failing:
+    """Ops that raise `error` in the n-th call of one function from now on, or in every one from then on."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops, self._function, self._left = ops, "", 0
+        self._error: BaseException | None = None
+        self._for_ever = False
+
+    def fail(self, function: str, n: int, error: BaseException, *, for_ever: bool = False) -> None:
+        self._function, self._left, self._error, self._for_ever = function, n, error, for_ever
+
+    def mend(self) -> None:
+        self._error = None
+
+    @property
+    def has_failed(self) -> bool:
+        return self._left <= 0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._ops, name)
+        if name != self._function or self._error is None:
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._left -= 1
+            if self._error is not None and (self._left == 0 or (self._left < 0 and self._for_ever)):
+                raise self._error
+            return value(*args, **kwargs)
+
+        return call

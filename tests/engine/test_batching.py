@@ -1,4 +1,4 @@
-"""A request's answer is its own: the same alone, in any company, in chunks of any size, from the cache, after pre-emption.
+"""A request is answered the same alone, in any company, in chunks of any size, from the cache, after pre-emption.
 
 200 mixed requests, greedy and seeded, with every sampling parameter. On the specification all of them run in every
 setting; the slow settings of the other backends take the first of them (CLSA_ALL_REQUESTS=1 runs all everywhere).
@@ -23,7 +23,7 @@ import pytest
 from clsa.config import SamplingParams
 from clsa.llm import LLM
 from clsa.outputs import RequestOutput
-from tests.engine.models import CONFIG, load, mixed_requests, on_backends, sampling
+from tests.engine.models import CONFIG, assert_all_returned, load, mixed_requests, on_backends, sampling
 
 REQUESTS = mixed_requests(200)
 FEW = 200 if os.environ.get("CLSA_ALL_REQUESTS") else 30
@@ -39,11 +39,7 @@ def alone() -> list[RequestOutput]:
 
 def generate(llm: LLM, requests: Requests) -> list[RequestOutput]:
     outputs = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
-    stats = llm.stats()
-    assert stats["running"] == stats["waiting"] == 0
-    assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
-    assert stats["slots_free"] == stats["slots_total"]
-    assert stats["snapshots_free"] + stats["snapshots_cached"] == stats["snapshots_total"]
+    assert_all_returned(llm.stats())
     return outputs
 
 
@@ -64,7 +60,7 @@ def test_the_requests_are_a_mixture() -> None:
     assert min(lengths) == 1 and max(lengths) > 350
     outputs = alone()
     assert {output.finish_reason for output in outputs} == {"length", "stop"}
-    assert sum(bool(params.stop) and "stop" == out.finish_reason for (_, params), out in zip(REQUESTS, outputs)) > 5
+    assert sum(bool(params.stop) and out.finish_reason == "stop" for (_, params), out in zip(REQUESTS, outputs)) > 5
     assert max(len(output.token_ids) for output in outputs) >= 35
     assert len({token for output in outputs for token in output.token_ids}) > 150, "not the same token again and again"
     # Greedy and seeded requests, and rows that a penalty really changes, are all among them.
