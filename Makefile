@@ -9,22 +9,11 @@ REST := backends/mlx/clsa_mlx backends/cuda/clsa_cuda cli/clsa_cli tests scripts
 SETUP := pyproject.toml constraints.txt scripts/venv.sh
 ARGS ?=
 
-define PROMPT
-"""Small helpers for text files."""
-
-import os
-
-
-def read_lines(path):
-    """Return the lines of a text file without their line ends."""
-
-endef
-export PROMPT
-
 .PHONY: demo test lint clean
 
 demo: .venv/.demo
-	@$(BIN)/clsa generate --model demo --prompt "$$PROMPT" --report
+	@$(BIN)/python scripts/demo_prompt.py | $(BIN)/clsa generate --model demo --prompt - --report \
+		--temp 0.6 --top-p 0.9 --repetition-penalty 1.1 --seed 4 --max-tokens 150
 
 # One thread each: the workers would otherwise fight over the cores.
 test: .venv/.test

@@ -92,7 +92,7 @@ class Queries:
     @property
     def one_each(self) -> bool:
         """Whether every sequence asks with exactly one token (a decode step)."""
-        return self.cu_seqlens[-1] == len(self.cu_seqlens) - 1
+        return self.cu_seqlens == tuple(range(len(self.cu_seqlens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class Ops(Protocol):
 
     # -- the model's plain functions -----------------------------------------------------------------------
     def embed(self, weight: Weight, tokens: Array) -> Array:
-        """[V, C], [T] int32 -> [T, C]."""
+        """[V, C], [T] int32 -> [T, C]. Token -1 (a sample that failed, not read back yet) gives any finite row."""
         ...
 
     def linear(self, x: Array, weight: Weight) -> Array:

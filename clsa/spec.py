@@ -73,7 +73,7 @@ def memory_stats() -> dict[str, int]:
 
 
 def embed(weight: Array, tokens: Array) -> Array:
-    return weight[tokens]
+    return weight[np.maximum(tokens, 0)]
 
 
 def linear(x: Array, weight: Array) -> Array:

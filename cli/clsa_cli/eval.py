@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ def eval_(
     data: Annotated[Path, typer.Option(help="A corpus that `python -m clsa.train.data` wrote.")],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas between.")] = "1024,2048,4096",
     against: Annotated[str | None, typer.Option(help="A second model, scored on the same windows.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+    result_file: Annotated[Path | None, typer.Option("--output", help="Also write the result to this file.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 8192,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows per length.")] = None,
     backend: options.Backend = "auto",
@@ -47,11 +47,11 @@ def eval_(
     )
     result = {"data": str(data), "device": trainer.device, "dtype": dtype, "rows": rows}
     _show(rows)
-    if json is not None:
+    if result_file is not None:
         try:
-            json.write_text(json_module.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise TrainError(f"{json} cannot be written: {error.strerror}") from error
+            raise TrainError(f"{result_file} cannot be written: {error.strerror}") from error
     output.write_json(result)
 
 

@@ -18,7 +18,7 @@ LIBRARIES = {"mlx", "mlx_lm", "torch", "triton", "transformers"}
 PARTS = {"clsa_mlx", "clsa_cuda", "clsa_cli"}
 CORE = sorted((ROOT / "clsa").rglob("*.py"))
 PLUG_INS = sorted((ROOT / "backends").rglob("*.py"))
-INTEGERS_ONLY = {"pages", "prefix", "scheduler", "request"}
+INTEGERS_ONLY = {"pages", "prefix", "residency", "scheduler", "request"}
 FOR_BACKENDS = {"clsa.ops", "clsa.config", "clsa.errors", "clsa.hostmemory"}
 
 

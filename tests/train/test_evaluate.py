@@ -147,7 +147,7 @@ def test_commands_train_and_evaluate(data: Path, tmp_path: Path) -> None:
     assert json.loads(trained.stdout)["steps"] == 3
     assert "100% step 3" in trained.stderr and "tokens/s" in trained.stderr
 
-    arguments = ["--model", str(tmp_path / "out"), "--lengths", "8,20", "--json", str(tmp_path / "eval.json"), *paths]
+    arguments = ["--model", str(tmp_path / "out"), "--lengths", "8,20", "--output", str(tmp_path / "eval.json"), *paths]
     scored = runner.invoke(command(eval_), arguments, catch_exceptions=False)
     assert scored.exit_code == 0
     result = json.loads(scored.stdout.splitlines()[-1])
