@@ -1,4 +1,4 @@
-"""Print the prompt of `make demo`: a standard library file that the demo model was not trained on, cut in the middle."""
+"""Print the prompt of `make demo`: a standard library file that the model was not trained on, cut in the middle."""
 
 import copyreg
 import inspect
