@@ -25,7 +25,7 @@ from clsa.request import Request, State
 from clsa.sizing import plan_sizes
 from clsa.tokenizer import Tokenizer, load_tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -135,11 +135,11 @@ class LLM:
         request = self._engine.make_request(turn.prompt, _params_for([""], params)[0])
         return collect(request, list(self._deltas(request, turn)))
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
         return evaluate_logits(self._ops, self._params, self._plan, self.dtype, self._check_ids(token_ids))
 
-    def selection(self, token_ids: Sequence[int], layer: int | None = None) -> np.ndarray:
+    def selection(self, token_ids: Sequence[int] | np.ndarray, layer: int | None = None) -> np.ndarray:
         """What the shared index chose: int32 [T, index_topk], ascending positions, -1 padded.
 
         `layer` picks one of the layers that compute an index (default: the first). Raises RequestError if it
@@ -173,6 +173,7 @@ class LLM:
         return [int(token) for token in token_ids]
 
     def _step(self) -> None:
+        assert self._engine.has_work, "somebody waits for a request that the engine does not have"
         for delta in self._engine.step():
             if (mail := self._mail.get(delta.request.id)) is not None:
                 mail.append(delta)
@@ -183,14 +184,15 @@ class LLM:
         self._turn = turn or self._turn
         try:
             self._engine.add(request)
-            while mail or request.state is not State.FINISHED:
-                if not mail:
+            has_ended = False
+            while not has_ended:
+                while not mail:
                     self._step()
-                while mail:
-                    delta = mail.popleft()
-                    if turn is not None:
-                        turn.add(delta)
-                    yield delta
+                delta = mail.popleft()
+                has_ended = delta.finish_reason is not None
+                if turn is not None:
+                    turn.add(delta)
+                yield delta
         finally:
             self._close([request])
 
