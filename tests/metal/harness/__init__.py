@@ -2,7 +2,7 @@
 
 from tests.metal.harness.call import Call, prepare
 from tests.metal.harness.errors import CompileError, KernelError, RaceError
-from tests.metal.harness.launch import ORDERS, PLACES, execute, execute_everywhere, run
+from tests.metal.harness.launch import ORDERS, PLACES, check, execute, run
 from tests.metal.harness.signature import Kernel
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Kernel",
     "KernelError",
     "RaceError",
+    "check",
     "execute",
-    "execute_everywhere",
     "prepare",
     "run",
 ]

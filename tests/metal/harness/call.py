@@ -62,7 +62,7 @@ def prepare(
     Raises:
         KernelError: the arguments do not fit the kernel, or break a limit of Metal.
     """
-    arrays = [_array(value) for value in inputs]
+    arrays = [_array(value, kernel.ensure_row_contiguous) for value in inputs]
     dtypes = [np.dtype(dtype) for dtype in output_dtypes]
     _check_counts(kernel, arrays, output_shapes, dtypes)
     _check_sizes(kernel, grid, threadgroup, max_threads)
@@ -84,12 +84,12 @@ def prepare(
     )
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any, ensure_row_contiguous: bool) -> np.ndarray:
     if isinstance(value, bool):
         return np.asarray(value)
     if isinstance(value, int | float):
         return np.asarray(value, np.int32 if isinstance(value, int) else np.float32)
-    return np.asarray(value, order="C")
+    return np.asarray(value, order="C" if ensure_row_contiguous else None)
 
 
 def _buffer(parameter: Parameter, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> Buffer:
@@ -102,7 +102,17 @@ def _buffer(parameter: Parameter, inputs: list[np.ndarray], outputs: list[np.nda
         array = np.array([stride // array.itemsize for stride in array.strides], np.int64)
     elif parameter.origin == "ndim":
         array = np.array(array.ndim, np.int32)
-    return Buffer(parameter.name, array, writable=False)
+    return Buffer(parameter.name, _memory(array), writable=False)
+
+
+def _memory(array: np.ndarray) -> np.ndarray:
+    """The array if it lies row by row, else the elements from its first to its last in memory."""
+    if array.flags.c_contiguous:
+        return array
+    if min(array.strides) < 0:
+        raise KernelError("inputs that run backwards in memory are not supported; copy the array")
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides))
+    return np.lib.stride_tricks.as_strided(array, (last // array.itemsize + 1,), (array.itemsize,), writeable=False)
 
 
 def _check_counts(

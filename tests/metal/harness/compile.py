@@ -32,10 +32,11 @@ _COMMON = [
     "-U_FORTIFY_SOURCE",
     f"-I{CPP}",
 ]
-_KERNEL = ["-O2", "-g1", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-literal-suffix"]
+_KERNEL = ["-O2", "-g1", "-fstack-clash-protection", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-literal-suffix"]
 _GCC_ONLY = ["-fsingle-precision-constant"]  # 2.0 is a float in Metal
 _RUNTIME = ["-O2", "-g1", "-Wall", "-Wextra"]
 _RACES = ["-DRACE_CHECK"]
+_PLAIN = {**os.environ, "LC_ALL": "C"}  # messages in English and ASCII
 
 
 @functools.cache
@@ -95,7 +96,7 @@ def _cached(kind: str, text: str, arguments: list[str]) -> Path:
 
 def _compile(text: str, arguments: list[str]) -> None:
     command = [compiler() or "g++", *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=_PLAIN)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if re.search("error|undefined|multiple", line)]
         raise CompileError("\n".join(errors[:12]) or done.stderr[-2000:])

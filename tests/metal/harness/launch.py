@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -53,11 +52,41 @@ def execute(
     return outputs
 
 
-def execute_everywhere(call: Call, **options: Any) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """The outputs in every order and with both placements, each with a label for messages."""
+def check(call: Call, *expected: np.ndarray, rtol: float = 0.0, atol: float = 0.0, **options: Any) -> None:
+    """Run in every order and with both placements, and hold the outputs against a specification.
+
+    Args:
+        call: from `prepare`.
+        expected: one array per output; a NaN equals a NaN.
+        rtol, atol: |out - expected| <= atol + rtol * |expected|; zero for exact equality.
+        options: for `execute`.
+    Raises:
+        KernelError: a run failed, or an element differs; the message names order, output and element.
+    """
+    names = [buffer.name for buffer in call.buffers if buffer.writable]
     for order in ORDERS:
         for place in PLACES:
-            yield f"{order} order, buffers at the {place}", execute(call, order=order, place=place, **options)
+            outputs = execute(call, order=order, place=place, **options)
+            for name, output, wanted in zip(names, outputs, expected, strict=True):
+                _compare(
+                    f"{call.source.kernel.name}: output '{name}' in {order} order with buffers at the {place}",
+                    output.astype(np.float64),
+                    np.asarray(wanted, np.float64),
+                    rtol,
+                    atol,
+                )
+
+
+def _compare(what: str, output: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> None:
+    if output.shape != expected.shape:
+        raise KernelError(f"{what} has shape {output.shape}, expected {expected.shape}")
+    wrong = ~np.isclose(output, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise KernelError(
+            f"{what} has {int(wrong.sum())} of {wrong.size} elements wrong, the first at {first}:"
+            f" {output[first]}, expected {expected[first]}"
+        )
 
 
 def _holds_poison(array: np.ndarray, poison: int) -> np.ndarray:
@@ -73,7 +102,7 @@ def _check_written(call: Call, unwritten: list[np.ndarray]) -> None:
             first = tuple(int(i) for i in np.argwhere(missing)[0])
             raise KernelError(
                 f"{call.source.kernel.name}: output '{buffer.name}' has {int(missing.sum())} of {missing.size}"
-                f" elements that no thread wrote, the first at {first}"
+                f" elements that no thread wrote, or that were copied from memory that none wrote, the first at {first}"
             )
 
 

@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 from tests.metal.harness.call import prepare
-from tests.metal.harness.errors import KernelError
 from tests.metal.harness.launch import Order, Place, execute
 from tests.metal.harness.signature import Kernel
 
@@ -41,9 +40,9 @@ def metal_on_cpu(
         atomic_outputs: bool = False,
         compile_options: dict[str, Any] | None = None,
     ) -> Callable[..., list[mx.array]]:
-        if not ensure_row_contiguous:
-            raise KernelError(f"{name}: the harness passes arrays row by row; ensure_row_contiguous must be True")
-        kernel = Kernel(name, list(input_names), list(output_names), source, header, atomic_outputs)
+        kernel = Kernel(
+            name, list(input_names), list(output_names), source, header, ensure_row_contiguous, atomic_outputs
+        )
         return _Callable(kernel, order, place, watch)
 
     with mock.patch.object(mx.fast, "metal_kernel", metal_kernel), mock.patch.object(
@@ -99,10 +98,10 @@ def numpy_dtype(dtype: mx.Dtype) -> np.dtype:
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """A copy with the same bits."""
+    """The same memory, with the same strides."""
     if array.dtype == mx.bfloat16:  # the buffer protocol has no bfloat16
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
-    return np.array(array)
+        return np.asarray(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.asarray(array)
 
 
 def to_mlx(array: np.ndarray) -> mx.array:

@@ -60,6 +60,7 @@ class Kernel:
     output_names: Sequence[str]
     source: str
     header: str = ""
+    ensure_row_contiguous: bool = True
     atomic_outputs: bool = False
 
 

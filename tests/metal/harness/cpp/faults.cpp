@@ -112,6 +112,7 @@ void start_timer(double seconds) {
 }  // namespace
 
 void fail(const Lane* lane, const char* format, ...) {
+  race::ignore_begin();
   char* error = machine.launch->error;
   const int room = sizeof machine.launch->error;
   va_list arguments;

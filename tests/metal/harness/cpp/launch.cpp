@@ -109,7 +109,7 @@ void run_threadgroup(Triple position) {
   }
   for (int i = 0; i < machine.lane_count; ++i) prepare_lane(machine.lanes[i], common, i);
   run_lanes();
-  if (race::kEnabled) {
+  if (race::kEnabled && machine.launch->error[0] == 0) {
     for (int i = 0; i < machine.lane_count; ++i) race::destroy_fiber(machine.lanes[i].race_fiber);
     munmap(machine.stacks, kMaxThreads * machine.stack_bytes);
     machine.stacks = nullptr;
@@ -182,7 +182,9 @@ extern "C" void* runtime_threadgroup_variable(int id, const char* name, size_t b
          machine.threadgroup_bytes, kMaxThreadgroupBytes, name);
   if (region.mapping == nullptr)
     region = map_region("threadgroup array", name, bytes, item_bytes, static_cast<Place>(machine.launch->place));
+  race::ignore_begin();  // done on behalf of all threads, before any of them can know the address
   memset(region.data, machine.launch->poison, bytes);
+  race::ignore_end();
   machine.variable_is_fresh[id] = true;
   if (race::kEnabled) {
     const Triple at = machine.current->thread.threadgroup_position_in_grid;

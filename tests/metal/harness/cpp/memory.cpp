@@ -2,6 +2,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -10,9 +11,9 @@
 namespace runtime {
 namespace {
 
-// Guards are address space, not memory; wide ones catch wild indices as well as those off by one.
+// Guards are address space, not memory: wide enough for an unsigned index below zero into an array of float4.
 // ThreadSanitizer keeps a shadow of every mapping, so there they are narrow.
-constexpr size_t kGuardBytes = race::kEnabled ? size_t{1} << 20 : size_t{1} << 28;
+constexpr size_t kGuardBytes = race::kEnabled ? size_t{1} << 20 : size_t{1} << 36;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -33,6 +34,9 @@ Region map_region(const char* kind, const char* name, size_t bytes, size_t item_
     perror("mprotect");
     abort();
   }
+  // What lies between the data and the far guard reads as NaN, and as -1.
+  const size_t margin = pages - bytes;
+  memset(place == kAtEnd ? start : start + bytes, 0xff, margin);
   char* data = place == kAtEnd ? start + pages - bytes : start;
   return {kind, name, bytes, item_bytes, true, data, static_cast<char*>(mapping), total};
 }

@@ -34,10 +34,6 @@ Simdgroup* choose_simdgroup() {
 
 bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
 
-const char* where_lanes_are(const Simdgroup& simdgroup) {
-  return simdgroup.returned ? "the others have returned or wait elsewhere" : "the others wait at a barrier";
-}
-
 int index_of(const Simdgroup& simdgroup) { return static_cast<int>(&simdgroup - machine.simdgroups); }
 
 Lane* first_lane(const Simdgroup& simdgroup, uint32_t mask) {
@@ -49,9 +45,10 @@ Lane* first_lane(const Simdgroup& simdgroup, uint32_t mask) {
     const Simdgroup& group = machine.simdgroups[i];
     if (group.at_collective)
       fail(first_lane(group, group.at_collective),
-           "%s at %s:%d is reached by %d of %d lanes of a simdgroup (mask %08x); %s", group.operation,
-           group.site.file, group.site.line, __builtin_popcount(group.at_collective),
-           __builtin_popcount(group.exists), group.at_collective, where_lanes_are(group));
+           "%s at %s:%d is reached by %d of %d lanes of a simdgroup (mask %08x); %d returned, %d wait at a barrier",
+           group.operation, group.site.file, group.site.line, __builtin_popcount(group.at_collective),
+           __builtin_popcount(group.exists), group.at_collective, __builtin_popcount(group.returned),
+           __builtin_popcount(group.at_barrier));
   }
   Lane* missing = nullptr;
   for (int i = machine.simdgroup_count - 1; i >= 0; --i)
@@ -121,6 +118,8 @@ void run_lanes() {
   race::switch_to(machine.current->race_fiber);
   fiber_switch(&machine.main_stack_pointer, machine.current->stack_pointer);
   machine.running = false;
+  // After a failure nothing orders the host behind the abandoned lanes.
+  if (machine.launch->error[0] != 0) race::ignore_begin();
 }
 
 // ---- What kernels call
