@@ -22,8 +22,8 @@ import numpy as np
 from clsa.config import ModelConfig, show
 from clsa.errors import CheckpointError, ConfigError
 from clsa.files import locate, read_bounded, read_json
-from clsa.params import tensor_shapes
-from clsa.tensor_file import NUMPY_DTYPES, TensorEntry, is_finite, map_tensors, read_entries
+from clsa.params import StoredTensor, stored_tensors
+from clsa.tensor_file import NUMPY_DTYPES, PACKED, TensorEntry, is_finite, map_tensors, read_entries
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -50,13 +50,13 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each name with its weights: a read-only view of the mapped file (float32, float16 or bfloat16).
+        """Each name with what is stored: a read-only view of the mapped file (float32, float16, bfloat16 or uint32).
 
         Raises CheckpointError, naming the tensor, on a number that is not finite.
         """
         for _, entries in groupby(self.entries, key=lambda entry: entry.file):
             for name, array in map_tensors(list(entries)):
-                if not is_finite(array):
+                if array.dtype != np.uint32 and not is_finite(array):
                     raise CheckpointError(
                         f"{self.folder}: tensor {name!r} holds NaN or infinity; the weights are damaged"
                     )
@@ -98,10 +98,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     or pickled files, links out of the folder, and tensors that the config does not call for.
     """
     config = read_config(folder)
-    if config.quantization is not None:
-        raise CheckpointError(
-            f"{folder} holds quantised weights, which this version cannot load; use the unquantised checkpoint"
-        )
     single, index = locate(folder, SINGLE_FILE), read_json(folder, INDEX_FILE)
     if single is not None and index is not None:
         raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
@@ -111,18 +107,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         entries = _read_shards(folder, index, config)
     else:
         raise CheckpointError(_no_weights(folder))
-    check_shapes({entry.name: entry.shape for entry in entries}, config, str(folder))
+    check_tensors({e.name: StoredTensor(e.shape, e.dtype == PACKED) for e in entries}, config, str(folder))
     return Checkpoint(folder, config, tuple(entries))
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
-    """Raise CheckpointError unless these are exactly the tensors and shapes that `config` calls for."""
-    wanted = tensor_shapes(config)
+def check_tensors(found: Mapping[str, StoredTensor], config: ModelConfig, where: str) -> None:
+    """Raise CheckpointError unless these are exactly the tensors that a checkpoint of `config` holds."""
+    wanted = stored_tensors(config)
     _check_names(found, wanted, where)
-    for name, shape in wanted.items():
-        if found[name] != shape:
+    for name, (shape, packed) in wanted.items():
+        if found[name].packed != packed:
+            kinds = ("floating-point numbers", "packed integers (U32)")
             raise CheckpointError(
-                f"{where}: tensor {name!r} has shape {list(found[name])} where the config needs {list(shape)}"
+                f"{where}: tensor {name!r} holds {kinds[not packed]} where the config needs {kinds[packed]}"
+            )
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has shape {list(found[name].shape)} where the config needs {list(shape)}"
             )
 
 
@@ -150,7 +151,7 @@ def _read_shards(folder: Path, index: Mapping[str, Any], config: ModelConfig) ->
             raise CheckpointError(
                 f"{where} names the file {show(shard)}; only safetensors files beside the index are read"
             )
-    _check_names(weight_map, tensor_shapes(config), str(where))
+    _check_names(weight_map, stored_tensors(config), str(where))
     entries: list[TensorEntry] = []
     for shard in dict.fromkeys(weight_map.values()):
         file = locate(folder, shard)
@@ -181,20 +182,20 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint into `folder`, creating it where needed.
 
-    Args: `tensors` flat, float32, float16 or bfloat16; they are stored as `dtype` (None: `config.torch_dtype`), and
-    the stored config says so. `tokenizer_files` are copied beside them; see `find_tokenizer_files`. `overwrite`
-    replaces a clsa checkpoint; other files of the folder are left alone.
+    Args: `tensors` flat, as `stored_tensors` names them: float32, float16 or bfloat16 ones are stored as `dtype`
+    (None: `config.torch_dtype`), and the stored config says so; uint32 ones as they are. `tokenizer_files` are copied
+    beside them; see `find_tokenizer_files`. `overwrite` replaces a clsa checkpoint; other files of the folder are left
+    alone.
 
     Raises CheckpointError before anything is written if tensors and config do not match or the folder holds
     something else, and on numbers that are not finite in `dtype`. An existing checkpoint stays until all new
     files are written.
     """
     config = replace(config, torch_dtype=dtype or config.torch_dtype)
-    if config.quantization is not None:
-        raise CheckpointError(f"{folder}: quantised checkpoints cannot be saved by this version")
-    check_shapes({name: tuple(array.shape) for name, array in tensors.items()}, config, "the model to save")
+    found = {name: StoredTensor(tuple(array.shape), array.dtype == np.uint32) for name, array in tensors.items()}
+    check_tensors(found, config, "the model to save")
     copies = _read_tokenizer_files(tokenizer_files)
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -222,7 +223,8 @@ def _read_tokenizer_files(paths: Iterable[Path]) -> dict[str, bytes]:
     return copies
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise CheckpointError unless a checkpoint may be saved into `folder`; see `save_checkpoint`."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -243,10 +245,10 @@ def _write_weights(stage: Path, tensors: Mapping[str, np.ndarray], dtype: str) -
     from safetensors.numpy import save_file
 
     target = next(d for d in NUMPY_DTYPES.values() if d.name == dtype)
+    sizes = {n: a.size * (a.itemsize if a.dtype == np.uint32 else target.itemsize) for n, a in tensors.items()}
     shards: list[list[str]] = [[]]
     size = 0
-    for name, array in tensors.items():
-        nbytes = array.size * target.itemsize
+    for name, nbytes in sizes.items():
         if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
             shards.append([])
             size = 0
@@ -261,12 +263,13 @@ def _write_weights(stage: Path, tensors: Mapping[str, np.ndarray], dtype: str) -
             raise OSError(f"{file}: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(array.size for array in tensors.values()) * target.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    if array.dtype == np.uint32:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):  # an overflow becomes infinity, and that is refused
         stored = np.ascontiguousarray(array, dtype)
     if not is_finite(stored):

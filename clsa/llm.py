@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from typing import Any
+from itertools import accumulate, compress
+from operator import and_
+from typing import TypeVar, cast
 
 import numpy as np
 
 from clsa.backend import load_backend
 from clsa.checkpoint import Checkpoint, open_checkpoint
-from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams, show
+from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams, check_float
 from clsa.engine import Engine
 from clsa.errors import ConfigError, RequestError
 from clsa.hub import resolve
 from clsa.inspect_model import evaluate_logits, evaluate_selection
 from clsa.ops import Ops
 from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect
-from clsa.params import nest
 from clsa.plan import make_plan
-from clsa.request import Request, State
+from clsa.prompts import Messages, Prompt, Turn, as_batch, check_ids, check_params, encode, params_for, streamed
+from clsa.request import Request
 from clsa.sizing import plan_sizes
 from clsa.tokenizer import Tokenizer, load_tokenizer
+from clsa.weights import load_weights
 
-Prompt = str | Sequence[int] | np.ndarray
-Messages = Sequence[Mapping[str, str]]
+K = TypeVar("K")
 
 
 def load(
@@ -57,6 +59,8 @@ def load(
     ops, why = load_backend(backend, device)
     if dtype is None:
         dtype = "float32" if ops.device.startswith("cpu") else checkpoint.config.torch_dtype
+    if checkpoint.config.quantization is not None and not ops.keeps_quantized:
+        why += f"; quantised weights are expanded to {dtype} at load"
     return LLM(ops, checkpoint, tokenizer, dtype, engine or EngineConfig(), why)
 
 
@@ -80,64 +84,97 @@ class LLM:
         self.backend, self.device, self.dtype, self.why = ops.name, ops.device, dtype, why
         self._ops, self._plan = ops, make_plan(checkpoint.config)
         sizes = plan_sizes(ops, self._plan, dtype, engine)
-        self._params = nest({name: ops.asarray(array, dtype) for name, array in checkpoint.tensors()})
+        self._params = load_weights(ops, checkpoint, dtype)
         self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
+        self._window = 2 * sizes.num_slots  # requests of one call inside the engine: those that run, and as many
         self._mail: dict[str, deque[Delta]] = {}
-        self._turn = _Turn("", [])
+        self._turn = Turn("", [])
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts, batched; outputs are in the order of the prompts.
 
-        Args: a prompt is text or token ids; `params` is one for all or one each (default: greedy, 256 tokens).
+        Args: a prompt is text or token ids; `params` is one for all or one each (default: greedy, 256 tokens);
+        requests of a lower `priority` number go first; only prompts of the same `salt` share prefixes; after `timeout`
+        seconds a request ends with what it has and the `finish_reason` "deadline".
         Raises RequestError, before anything runs, if one of the prompts can never be answered. A request that fails
         later has `finish_reason` "error" and the reason in `error`.
         """
-        batch = _as_batch(prompts)
-        each = _params_for(batch, params)
-        requests = [self._engine.make_request(self._encode(prompt), p) for prompt, p in zip(batch, each, strict=True)]
-        mail = [self._mail.setdefault(request.id, deque()) for request in requests]
-        queue, unfinished = deque(requests), deque(requests)
-        try:
-            while unfinished:
-                while queue and self._engine.has_room:
-                    self._engine.add(queue.popleft())
-                self._step()
-                while unfinished and unfinished[0].state is State.FINISHED:
-                    unfinished.popleft()
-        finally:
-            self._close(requests)
-        return [collect(request, list(deltas)) for request, deltas in zip(requests, mail, strict=True)]
+        batch = as_batch(prompts)
+        each = params_for(batch, params)
+        requests = [self._request(p, how, priority, salt, timeout) for p, how in zip(batch, each, strict=True)]
+        found = dict(self._serve(enumerate(requests), self._window, ordered=False))
+        return [cast(RequestOutput, found[i]) for i in range(len(requests))]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def run(
+        self,
+        requests: Iterable[tuple[K, Prompt, SamplingParams]],
+        *,
+        ordered: bool = False,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
+    ) -> Generator[tuple[K, RequestOutput | RequestError]]:
+        """Answer any number of requests, as many at a time as there is room for.
+
+        `requests` (key, prompt, params) is read ahead only as far as the engine needs it, so it may be endless; results
+        (key, output) come as they finish, or in the order of the requests. A request that can never be answered
+        gives its RequestError in place of an output. `timeout` counts from when a request is read. See `generate`.
+        Closing the iterator cancels what is open.
+        """
+        source = self._or_refusal(requests, priority, salt, timeout)
+        return self._serve(source, 2 * self._window if ordered else self._window, ordered=ordered)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Piece]:
         """Answer one prompt piece by piece. Closing the iterator cancels the request and frees its state.
 
         Raises RequestError if the prompt can never be answered; a request that fails later raises ClsaError from
-        the iterator. Several streams and calls of `generate` may take turns.
+        the iterator. Several streams and calls of `generate` may take turns. See `generate` for the arguments.
         """
-        return self._pieces(self._engine.make_request(self._encode(prompt), _streamed(params)), None)
+        return self._pieces(self._request(prompt, streamed(params), priority, salt, timeout), None)
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, stream: bool = False
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> RequestOutput | Iterator[Piece]:
         """Answer the last message of a conversation ({"role", "content"} each), by the model's chat template.
 
         The state of earlier turns is found again in the prefix cache; only what is new is computed. For that the
-        answer of the turn before is kept as it was generated, and not tokenised anew.
+        answer of the turn before is kept as it was generated, and not tokenised anew. See `generate` for the arguments.
         """
         text = self.tokenizer.apply_chat_template(messages)
-        turn = _Turn(text, self._turn.encode_next(text, self.tokenizer))
+        turn = Turn(text, self._turn.encode_next(text, self.tokenizer))
         if stream:
-            return self._pieces(self._engine.make_request(turn.prompt, _streamed(params)), turn)
-        request = self._engine.make_request(turn.prompt, _params_for([""], params)[0])
+            return self._pieces(self._request(turn.prompt, streamed(params), priority, salt, timeout), turn)
+        request = self._request(turn.prompt, check_params(params), priority, salt, timeout)
         return collect(request, list(self._deltas(request, turn)))
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
-        return evaluate_logits(self._ops, self._params, self._plan, self.dtype, self._check_ids(token_ids))
+        return evaluate_logits(
+            self._ops, self._params, self._plan, self.dtype, check_ids(token_ids, self.config.vocab_size)
+        )
 
     def selection(self, token_ids: Sequence[int] | np.ndarray, layer: int | None = None) -> np.ndarray:
         """What the shared index chose: int32 [T, index_topk], ascending positions, -1 padded.
@@ -145,7 +182,7 @@ class LLM:
         `layer` picks one of the layers that compute an index (default: the first). Raises RequestError if it
         computes none.
         """
-        ids = self._check_ids(token_ids)
+        ids = check_ids(token_ids, self.config.vocab_size)
         return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer)
 
     def stats(self) -> dict[str, int]:
@@ -156,21 +193,23 @@ class LLM:
         """Let go of weights and state; the object must not be used again."""
         del self._engine, self._params
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else self._check_ids(prompt)
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, priority: int, salt: str, timeout: float | None
+    ) -> Request:
+        tokens = encode(prompt, self.tokenizer, self.config.vocab_size)
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + check_float("timeout", timeout, 0, 1e9, RequestError)
+        return self._engine.make_request(tokens, params, priority=priority, salt=salt, deadline=deadline)
 
-    def _check_ids(self, token_ids: Any) -> list[int]:
-        if not _is_list(token_ids) and token_ids != "":
-            raise RequestError(f"a prompt must be text or a list of token ids, got {show(token_ids)}")
-        if not len(token_ids):
-            raise RequestError("the prompt is empty; give some text or token ids")
-        for i, token in enumerate(token_ids):
-            is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
-            if not is_int or not 0 <= int(token) < self.config.vocab_size:
-                raise RequestError(
-                    f"token {i} of the prompt must be an id from 0 to {self.config.vocab_size - 1}, got {show(token)}"
-                )
-        return [int(token) for token in token_ids]
+    def _or_refusal(
+        self, requests: Iterable[tuple[K, Prompt, SamplingParams]], priority: int, salt: str, timeout: float | None
+    ) -> Iterator[tuple[K, Request | RequestError]]:
+        for key, prompt, params in requests:
+            try:
+                yield key, self._request(prompt, check_params(params), priority, salt, timeout)
+            except RequestError as error:
+                yield key, error
 
     def _step(self) -> None:
         assert self._engine.has_work, "somebody waits for a request that the engine does not have"
@@ -178,7 +217,45 @@ class LLM:
             if (mail := self._mail.get(delta.request.id)) is not None:
                 mail.append(delta)
 
-    def _deltas(self, request: Request, turn: _Turn | None) -> Generator[Delta]:
+    def _serve(
+        self, source: Iterator[tuple[K, Request | RequestError]], window: int, *, ordered: bool
+    ) -> Generator[tuple[K, RequestOutput | RequestError]]:
+        """Results as they finish, or in order. At most `window` requests were taken and have not come out."""
+        inside: deque[tuple[K, Request | RequestError]] = deque()
+        more = True
+        try:
+            while more or inside:
+                while more and len(inside) < window and self._engine.has_room:
+                    entry = next(source, None)
+                    more = entry is not None
+                    if entry is not None:
+                        inside.append(entry)
+                        if isinstance(entry[1], Request):
+                            self._mail[entry[1].id] = deque()
+                            self._engine.add(entry[1])
+                done = [self._has_ended(request) for _, request in inside]
+                if ordered:
+                    done = list(accumulate(done, and_))  # nobody before those in front of it
+                finished = [(key, self._output(request)) for key, request in compress(inside, done)]
+                inside = deque(entry for entry, out in zip(inside, done, strict=True) if not out)
+                yield from finished
+                if not finished and (inside or more):
+                    self._step()
+        finally:
+            self._close([request for _, request in inside if isinstance(request, Request)])
+
+    def _has_ended(self, request: Request | RequestError) -> bool:
+        if isinstance(request, RequestError):
+            return True
+        mail = self._mail[request.id]
+        return bool(mail) and mail[-1].finish_reason is not None
+
+    def _output(self, request: Request | RequestError) -> RequestOutput | RequestError:
+        if isinstance(request, RequestError):
+            return request
+        return collect(request, list(self._mail.pop(request.id)))
+
+    def _deltas(self, request: Request, turn: Turn | None) -> Generator[Delta]:
         """Run the engine until a request has ended. What its steps bring to others waits in their mail."""
         mail = self._mail.setdefault(request.id, deque())
         self._turn = turn or self._turn
@@ -196,7 +273,7 @@ class LLM:
         finally:
             self._close([request])
 
-    def _pieces(self, request: Request, turn: _Turn | None) -> Iterator[Piece]:
+    def _pieces(self, request: Request, turn: Turn | None) -> Iterator[Piece]:
         with closing(self._deltas(request, turn)) as deltas:
             clock = PieceClock(request)
             for delta in deltas:
@@ -206,58 +283,3 @@ class LLM:
         self._engine.cancel(requests)
         for request in requests:
             self._mail.pop(request.id, None)
-
-
-class _Turn:
-    """One turn of a conversation: the text and ids of what was asked, and the answer as it was generated."""
-
-    def __init__(self, text: str, prompt: list[int]) -> None:
-        self.prompt = prompt
-        self._text = text
-        self._answer: list[str] = []
-        self._tokens: list[int] = []
-
-    def add(self, delta: Delta) -> None:
-        self._answer.append(delta.text)
-        if delta.token is not None and delta.finish_reason != "stop":  # what stops an answer is not in its text
-            self._tokens.append(delta.token)
-
-    def encode_next(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        """The ids of `text`: where it goes on from this turn, what that turn had is not tokenised anew."""
-        answer = "".join(self._answer)
-        known = [(self._text, self.prompt)]
-        if tokenizer.decode(self._tokens) == answer:  # not where text was held back or cut by a stop string
-            known.insert(0, (self._text + answer, self.prompt + self._tokens))
-        before, ids = next((pair for pair in known if text.startswith(pair[0])), ("", []))
-        rest = text[len(before) :]
-        return ids + (tokenizer.encode(rest, add_special_tokens=False) if rest else [])
-
-
-def _is_list(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
-
-
-def _as_batch(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str) or (_is_list(prompts) and len(prompts) and isinstance(prompts[0], (int, np.integer))):
-        return [prompts]
-    if not _is_list(prompts):
-        raise RequestError(f"prompts must be a text, token ids, or a list of those, got {show(prompts)}")
-    return list(prompts)
-
-
-def _params_for(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
-    if not _is_list(params) or len(params) != len(prompts) or not all(isinstance(p, SamplingParams) for p in params):
-        raise RequestError(f"params must be one SamplingParams or one per prompt ({len(prompts)}), got {show(params)}")
-    return list(params)
-
-
-def _streamed(params: SamplingParams | None) -> SamplingParams:
-    """A stream shows the log-probability of each token, so it always asks for it."""
-    params = _params_for([""], params)[0]
-    return params if params.logprobs is not None else replace(params, logprobs=0)

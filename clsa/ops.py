@@ -29,7 +29,22 @@ from typing import Any, Protocol
 import numpy as np
 
 Array = Any  # the backend's array type
-Weight = Any  # an Array [out, in], or a backend's quantised weight
+Weight = Any  # an Array [out, in], or what `quantized_weight` returned
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A matrix [out, in] of 4- or 8-bit integers q with a scale and a bias per group: w = scale * q + bias.
+
+    The layout of mlx.core.quantize: a group is `group_size` neighbours of a row; 32 / bits integers share a word, the
+    first in its lowest bits.
+    """
+
+    packed: Array  # [out, in * bits / 32] uint32
+    scales: Array  # [out, in / group_size] floating point
+    biases: Array  # [out, in / group_size] floating point
+    group_size: int  # 32, 64 or 128
+    bits: int  # 4 or 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +163,18 @@ class Ops(Protocol):
 
     name: str  # "numpy", "mlx", "cuda"
     device: str  # what it computes on, in words a user reads
+    keeps_quantized: bool  # whether a quantised weight stays one on the device; if not, it becomes a dense one
 
     # -- arrays ------------------------------------------------------------------------------------------
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> Array:
         """Move a host array (numeric, or ml_dtypes.bfloat16) to the device, as `dtype` if given."""
+        ...
+
+    def quantized_weight(self, host: QuantizedWeight, dtype: str) -> Weight:
+        """Move a quantised matrix of host arrays to the device, its scales and biases rounded to `dtype`.
+
+        `linear` and `embed` take the result in place of an array of `dtype`; they compute with w = scale * q + bias.
+        """
         ...
 
     def to_numpy(self, x: Array) -> np.ndarray:

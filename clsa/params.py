@@ -1,4 +1,4 @@
-"""Which tensors a config calls for, by name and shape, and what weights and state cost; known only here.
+"""Which tensors a config calls for, by name, shape and form, and what weights and state cost; known only here.
 
 Two forms of the same thing: flat (dotted names, as in a checkpoint) and nested (the tree that the model reads,
 `params["layers"][0]["self_attn"]["q_proj"]`). Shapes use the letters of `clsa.ops`, and F for
@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,34 @@ def dtype_bytes(dtype: str) -> int:
     return _DTYPE_BYTES[dtype]
 
 
+class StoredTensor(NamedTuple):
+    """One tensor of a checkpoint: packed integers (uint32), or floating point of any length."""
+
+    shape: tuple[int, ...]
+    packed: bool = False
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
+    """Name and form of exactly the tensors that a checkpoint of `config` holds.
+
+    With `config.quantization` a matrix whose rows are a multiple of the group size, the embedding too, is stored as
+    mlx-lm does: X.weight packed, X.scales and X.biases beside it; see `clsa.ops.QuantizedWeight` for the shapes.
+    Norms and matrices with other rows stay as they are.
+    """
+    how, stored = config.quantization, dict[str, StoredTensor]()
+    for name, shape in tensor_shapes(config).items():
+        if how is None or len(shape) < 2 or shape[-1] % how.group_size:
+            stored[name] = StoredTensor(shape)
+            continue
+        rows, width = shape
+        stored[name] = StoredTensor((rows, width * how.bits // 32), packed=True)
+        for part in ("scales", "biases"):
+            stored[f"{name.removesuffix('weight')}{part}"] = StoredTensor((rows, width // how.group_size))
+    return stored
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of exactly the tensors that `config` calls for; projections are [out, in]."""
+    """Name and shape of the weights that `config` calls for, however they are stored; projections are [out, in]."""
     C, V, G_D, I = config.hidden_size, config.vocab_size, _kv_width(config), config.index_head_dim
     plan = make_plan(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C)}

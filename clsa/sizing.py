@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from clsa.config import PAGE_SIZE, EngineConfig
 from clsa.errors import ConfigError
 from clsa.ops import Ops
-from clsa.params import dtype_bytes, num_parameters, state_bytes_per_token, window_bytes
+from clsa.params import dtype_bytes, state_bytes_per_token, window_bytes
 from clsa.plan import Plan
+from clsa.weights import weight_bytes
 
 MAX_ROWS = (1 << 31) - 1  # of a memory or a window: rows are int32
 MAX_EMPTY_PAGES = 1 << 20  # of a model without a memory: pages cost nothing on the device, but a list on the host
@@ -68,7 +69,7 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
 
 
 def _free_beside_weights(ops: Ops, plan: Plan, dtype: str) -> int:
-    weights, free = num_parameters(plan.config) * ops.itemsize(dtype), ops.memory_stats()["free"]
+    weights, free = weight_bytes(ops, plan.config, dtype), ops.memory_stats()["free"]
     if weights > free:
         raise ConfigError(
             f"the weights need {weights:,} bytes in {dtype} and {free:,} are free on {ops.device}; "

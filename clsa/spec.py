@@ -18,10 +18,12 @@ import numpy as np
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Array, Device, Memory, Ops, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Array, Device, Memory, Ops, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.quantization import dequantize
 
 name = "numpy"
 device = "cpu (NumPy float64, the specification)"
+keeps_quantized = False
 
 _NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32,
@@ -39,6 +41,11 @@ def asarray(x: np.ndarray, dtype: str | None = None) -> Array:
         x = x.astype(_NUMPY_DTYPES[dtype])
     is_float = x.dtype.kind == "f" or x.dtype == ml_dtypes.bfloat16
     return x.astype(np.float64) if is_float else x
+
+
+def quantized_weight(host: QuantizedWeight, dtype: str) -> Array:
+    scales, biases = asarray(host.scales, dtype), asarray(host.biases, dtype)
+    return dequantize(QuantizedWeight(host.packed, scales, biases, host.group_size, host.bits))
 
 
 def to_numpy(x: Array) -> np.ndarray:

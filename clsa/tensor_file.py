@@ -22,6 +22,8 @@ from clsa.files import parse_json
 
 MAX_HEADER_BYTES = 1 << 24  # ten times what the largest config needs
 NUMPY_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+PACKED = "U32"  # words of packed 4- or 8-bit integers
+_STORED_DTYPES = NUMPY_DTYPES | {PACKED: np.dtype("<u4")}
 _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 _CHUNK = 1 << 20  # numbers checked at a time
 _MAX_DIM = 1 << 40
@@ -33,13 +35,13 @@ class TensorEntry:
 
     name: str
     file: Path
-    dtype: str  # "BF16", "F16" or "F32"
+    dtype: str  # "BF16", "F16", "F32" or "U32"
     shape: tuple[int, ...]
     offset: int
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * int(NUMPY_DTYPES[self.dtype].itemsize)
+        return math.prod(self.shape) * int(_STORED_DTYPES[self.dtype].itemsize)
 
 
 def read_entries(file: Path, where: Path) -> list[TensorEntry]:
@@ -87,8 +89,8 @@ def _entry(name: str, value: Any, file: Path, where: Path, start: int) -> Tensor
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{label} must have dtype, shape and data_offsets, got {show(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
-        raise CheckpointError(f"{label} has dtype {show(dtype)}, must be one of {', '.join(NUMPY_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in _STORED_DTYPES:
+        raise CheckpointError(f"{label} has dtype {show(dtype)}, must be one of {', '.join(_STORED_DTYPES)}")
     if not _are_sizes(shape, 8):
         raise CheckpointError(f"{label} has shape {show(shape)}, must be a list of sizes")
     if not _are_sizes(offsets, 2) or len(offsets) != 2:
@@ -120,7 +122,7 @@ def map_tensors(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, np.ndarra
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     for entry in entries:
-        array = np.frombuffer(data, NUMPY_DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
+        array = np.frombuffer(data, _STORED_DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
         yield entry.name, (array if array.flags.aligned else array.copy()).reshape(entry.shape)
 
 

@@ -15,6 +15,7 @@ from clsa.config import MAX_TOKENS, ModelConfig, check_int
 from clsa.errors import RequestError, TrainError
 from clsa.train.data import load_split
 from clsa.train.trainer import Forward, Trainer, make_forward
+from clsa.weights import dense_weights
 
 Windows = NDArray[np.int32]  # [n, length + 1]: inputs, and targets one token later
 
@@ -56,7 +57,7 @@ def evaluate(
     for folder in models:
         checkpoint = open_checkpoint(folder)
         _check_fit(checkpoint.config, folder, tokens, lengths)
-        trainer.load({name: np.asarray(array, np.float32) for name, array in checkpoint.tensors()})
+        trainer.load({name: np.asarray(array, np.float32) for name, array in dense_weights(checkpoint)})
         for length in lengths:
             report(f"{folder}: {len(windows[length])} windows of {length} tokens")
             scores = _score(trainer, checkpoint.config, windows[length], batch_tokens)

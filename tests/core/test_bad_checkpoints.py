@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clsa import tensor_file
-from clsa.checkpoint import open_checkpoint, read_config, save_checkpoint
+from clsa.checkpoint import open_checkpoint, save_checkpoint
 from clsa.errors import CheckpointError, ConfigError
 from tests.core.checkpoints import (
     CONFIG,
@@ -87,12 +87,6 @@ def test_unknown_and_absurd_config_values(folder: Path, change: dict[str, Any], 
 def test_code_hooks(folder: Path, key: str) -> None:
     edit_json(folder / "config.json", lambda data: data.update({key: {"AutoModel": "modeling.Model"}}))
     refused(folder, f"asks to run code \\({key}\\), which clsa never does")
-
-
-def test_quantised_checkpoints_are_parsed_but_not_loaded(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda data: data.update(quantization={"group_size": 64, "bits": 4}))
-    assert read_config(folder).quantization is not None
-    refused(folder, "holds quantised weights, which this version cannot load")
 
 
 def test_sizes_the_weights_do_not_have_cost_nothing(folder: Path) -> None:

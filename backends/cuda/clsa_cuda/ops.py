@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Memory, Window
+from clsa.ops import Memory, QuantizedWeight, Window
 from clsa_cuda import plain, state
 from clsa_cuda.dense_attention import dense_attention
 from clsa_cuda.gather_attention import gather_attention
@@ -36,6 +36,7 @@ class TorchOps:
     """An `Ops` bound to a device ("cpu" or "cuda:N"). Arrays are `torch.Tensor`."""
 
     name = "cuda"
+    keeps_quantized = False
 
     def __init__(self, device: str) -> None:
         _exact_matmul()
@@ -52,6 +53,11 @@ class TorchOps:
         if self._device.type == "cuda" and tensor.nbytes <= _PINNED_BYTES:
             return tensor.pin_memory().to(self._device, non_blocking=True)  # pageable memory would wait
         return tensor.to(self._device)
+
+    def quantized_weight(self, host: QuantizedWeight, dtype: str) -> Tensor:
+        scales, biases = self.asarray(host.scales, dtype), self.asarray(host.biases, dtype)
+        packed = self.asarray(np.ascontiguousarray(host.packed).view(np.uint8))
+        return plain.dequantize(QuantizedWeight(packed, scales, biases, host.group_size, host.bits))
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach()

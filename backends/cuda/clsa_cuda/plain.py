@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsa.ops import QuantizedWeight
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -23,6 +25,16 @@ def cast(x: Tensor, dtype: str) -> Tensor:
 
 def itemsize(dtype: str) -> int:
     return DTYPES[dtype].itemsize
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """w = scale * q + bias: [out, in] in the dtype of the scales, rounded to it once; `packed` viewed as uint8."""
+    q = weight.packed
+    if weight.bits == 4:
+        q = torch.stack([q & 15, q >> 4], dim=-1)
+    groups = q.reshape(*weight.scales.shape, weight.group_size).float()
+    wide = torch.addcmul(weight.biases.float()[..., None], weight.scales.float()[..., None], groups)
+    return wide.to(weight.scales.dtype).flatten(1)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

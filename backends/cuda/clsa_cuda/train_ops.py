@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa.errors import BackendError
-from clsa.ops import Memory, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
 from clsa_cuda import plain
 
 
@@ -108,6 +108,7 @@ class TrainOps:
     """
 
     name = "cuda"
+    keeps_quantized = False
 
     itemsize = staticmethod(plain.itemsize)
     take = staticmethod(plain.take)
@@ -140,6 +141,9 @@ class TrainOps:
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(x)).to(self._device)
         return tensor if dtype is None else self.cast(tensor, dtype)
+
+    def quantized_weight(self, host: QuantizedWeight, dtype: str) -> Tensor:
+        _not_in_training("quantized_weight")
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         return (wide(x) if x.is_floating_point() else x).detach().cpu().numpy()

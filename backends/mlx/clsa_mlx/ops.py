@@ -12,14 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from clsa.hostmemory import host_memory_stats
+from clsa.ops import QuantizedWeight, Weight
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import fused, on_gpu
+from clsa_mlx.quantized import quantized_linear, quantized_rows
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
 from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, write_memory, write_window
 
 name = "mlx"
 device = "cpu (MLX)"
+keeps_quantized = True
 
 
 # -- arrays ------------------------------------------------------------------------------------------------
@@ -30,6 +33,11 @@ def asarray(x: np.ndarray, dtype: str | None = None) -> mx.array:
     is_bfloat16 = x.dtype == ml_dtypes.bfloat16
     array = mx.array(x.view(np.uint16)).view(mx.bfloat16) if is_bfloat16 else mx.array(x)
     return array if dtype is None else array.astype(DTYPES[dtype])
+
+
+def quantized_weight(host: QuantizedWeight, dtype: str) -> QuantizedWeight:
+    scales, biases = asarray(host.scales, dtype), asarray(host.biases, dtype)
+    return QuantizedWeight(asarray(host.packed), scales, biases, host.group_size, host.bits)
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
@@ -83,13 +91,15 @@ def memory_stats() -> dict[str, int]:
 # -- the model's plain functions ---------------------------------------------------------------------------
 
 
-def embed(weight: mx.array, tokens: mx.array) -> mx.array:
+def embed(weight: Weight, tokens: mx.array) -> mx.array:
+    quantized = isinstance(weight, QuantizedWeight)
     # MLX reads out of bounds without a word, and a row without a token has id -1.
-    return weight[mx.clip(tokens, 0, weight.shape[0] - 1)]
+    rows = mx.clip(tokens, 0, (weight.packed if quantized else weight).shape[0] - 1)
+    return quantized_rows(weight, rows) if quantized else weight[rows]
 
 
-def linear(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.T
+def linear(x: mx.array, weight: Weight) -> mx.array:
+    return quantized_linear(x, weight) if isinstance(weight, QuantizedWeight) else x @ weight.T
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -128,11 +138,13 @@ __all__ = [
     "evaluate",
     "gather_attention",
     "itemsize",
+    "keeps_quantized",
     "linear",
     "memory_stats",
     "name",
     "new_memory",
     "new_window",
+    "quantized_weight",
     "rms_norm",
     "rope",
     "sample",
