@@ -57,7 +57,7 @@ BODIES = {
         "y[i] = 1; if (i == 40) y[3] = 1;",
         64,
         32,
-        r"by threadgroup \(1, 0, 0\) thread \(8, 0, 0\).* by threadgroup \(0, 0, 0\) thread \(3, 0, 0\)",
+        r"at byte 12 by threadgroup \(1, 0, 0\) thread \(8, 0, 0\).* and write of .* by a thread of an earlier threadgroup",
     ),
     "simd functions order nothing": (
         "y[i] = 1; float s = simd_sum(1.0f); y[i] = s + y[(i + 1) % 32];",

@@ -35,7 +35,6 @@ _COMMON = [
 _KERNEL = ["-O2", "-g1", "-fstack-clash-protection", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-literal-suffix"]
 _GCC_ONLY = ["-fsingle-precision-constant"]  # 2.0 is a float in Metal
 _RUNTIME = ["-O2", "-g1", "-Wall", "-Wextra"]
-_RACES = ["-DRACE_CHECK"]
 _PLAIN = {**os.environ, "LC_ALL": "C"}  # messages in English and ASCII
 
 
@@ -59,15 +58,15 @@ def build_runtime() -> Path:
     return _cached("runtime.so", "", [*_COMMON, *_RUNTIME, "-shared", *sources])
 
 
-def build_program(text: str, *, races: bool) -> Path:
+def build_program(text: str, *, races: bool = False, cross_compiler: str | None = None) -> Path:
     """A program that runs the kernel once, on the call described in a folder; see main.cpp."""
-    # The runtime orders threads by explicit calls; only the kernel is instrumented.
     sources = [str(CPP / name) for name in (*RUNTIME_SOURCES, "main.cpp")]
-    extra = _RACES if races else []
-    runtime = _cached("runtime.o", "", [*_COMMON, *_RUNTIME, *extra, "-r", "-nostdlib", *sources])
+    # The runtime orders threads by explicit calls; only the kernel is instrumented.
+    extra = ["-DNARROW_GUARDS", *(["-DRACE_CHECK"] if races else [])]
     sanitize = ["-fsanitize=thread", "-O1"] if races else []
+    runtime = _cached("runtime.o", "", [*_COMMON, *_RUNTIME, *extra, "-r", "-nostdlib", *sources], cross_compiler)
     flags = [*_COMMON, *_KERNEL, *_dialect(), *extra, *sanitize]
-    return _cached("program", text, [*flags, "-x", "c++", "-", "-x", "none", str(runtime)])
+    return _cached("program", text, [*flags, "-x", "c++", "-", "-x", "none", str(runtime)], cross_compiler)
 
 
 def line_of(module: str, offset: int) -> str | None:
@@ -85,31 +84,31 @@ def _dialect() -> list[str]:
     return _GCC_ONLY if "clang" not in Path(compiler() or "").name else []
 
 
-def _cached(kind: str, text: str, arguments: list[str]) -> Path:
-    path = _folder() / f"{_key(text, arguments)}-{kind}"
+def _cached(kind: str, text: str, arguments: list[str], cross_compiler: str | None = None) -> Path:
+    command = [cross_compiler or compiler() or "g++", *arguments]
+    path = _folder() / f"{_key(text, command)}-{kind}"
     if not path.exists():
         fresh = path.with_suffix(f".{os.getpid()}")
-        _compile(text, [*arguments, "-o", str(fresh)])
+        _compile(text, [*command, "-o", str(fresh)])
         fresh.replace(path)  # in one step: other processes see all of it or nothing
     return path
 
 
-def _compile(text: str, arguments: list[str]) -> None:
-    command = [compiler() or "g++", *arguments]
+def _compile(text: str, command: list[str]) -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=_PLAIN)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if re.search("error|undefined|multiple", line)]
         raise CompileError("\n".join(errors[:12]) or done.stderr[-2000:])
 
 
-def _key(text: str, arguments: list[str]) -> str:
-    parts = [_toolchain(), *arguments, text]
+def _key(text: str, command: list[str]) -> str:
+    parts = [_toolchain(command[0]), *command, text]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _toolchain() -> str:
-    version = subprocess.run([compiler() or "g++", "--version"], capture_output=True, text=True, check=False).stdout
+def _toolchain(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     files = [path.read_text(encoding="utf-8") for path in sorted(CPP.rglob("*.*"))]
     return "\0".join([version, *files])
 

@@ -22,7 +22,7 @@ from tests.metal.harness.translate import to_cpp
 _REPORT = re.compile(r"WARNING: ThreadSanitizer: (.*?)\n(.*?)={10,}", re.DOTALL)
 _ACCESS = re.compile(
     r"(?:Previous )?(atomic )?(read|write) of size (\d+) at (0x[0-9a-f]+) by (?:thread (T\d+)|main thread)[^\n]*"
-    r"\n((?:\s+#\d+[^\n]*\n)+)",
+    r"\n((?:\s+#\d+[^\n]*\n)*)",
     re.IGNORECASE,
 )
 _THREAD = re.compile(r"Thread (T\d+) '([^']+)'")
@@ -74,11 +74,12 @@ def _explain(stderr: str) -> str:
         # The last region announced before the report: addresses are used again by later threadgroups.
         regions = _REGION.findall(stderr[: match.start()])[::-1]
         threads = dict(_THREAD.findall(report))
+        unknown = "a thread of an earlier threadgroup"  # whose stack and name are gone
         accesses = []
         for atomic, what, size, address, thread, stack in _ACCESS.findall(report):
             line = _LINE.search(stack)
             accesses.append(
-                f"{atomic}{what.lower()} of {size} bytes of {_name(int(address, 16), regions)} by {threads.get(thread, 'the host')}"
+                f"{atomic}{what.lower()} of {size} bytes of {_name(int(address, 16), regions)} by {threads.get(thread, unknown)}"
                 + (f" at {line[0]}" if line else "")
             )
         found.append(f"{kind.split(' (pid')[0]}: " + " and ".join(accesses))

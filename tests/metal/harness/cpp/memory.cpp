@@ -6,14 +6,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "race.h"
-
 namespace runtime {
 namespace {
 
 // Guards are address space, not memory: wide enough for an unsigned index below zero into an array of float4.
-// ThreadSanitizer keeps a shadow of every mapping, so there they are narrow.
-constexpr size_t kGuardBytes = race::kEnabled ? size_t{1} << 20 : size_t{1} << 36;
+// ThreadSanitizer and qemu keep books of every mapped page, so there they are narrow.
+#ifdef NARROW_GUARDS
+constexpr size_t kGuardBytes = size_t{1} << 20;
+#else
+constexpr size_t kGuardBytes = size_t{1} << 36;
+#endif
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
