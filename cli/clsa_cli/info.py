@@ -115,7 +115,7 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", model["name"]),
         ("folder", model["folder"]),
         ("parameters", f"{model['parameters']:,}"),
-        ("weights", f"{output.size(model['weight_bytes'])}, {model['dtype']}"),
+        ("weights", output.weights(config, model["weight_bytes"])),
         ("context", output.count(model["context"], "token")),
         ("layers", f"{config.num_hidden_layers}: {', '.join(kinds)}"),
         ("routing", f"{config.index_topk_pattern or 'none'}; {index}"),

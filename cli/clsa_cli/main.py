@@ -17,7 +17,9 @@ from typer.core import TyperGroup
 
 from clsa import ClsaError, RequestError, __version__
 from clsa_cli import output
+from clsa_cli.bench import bench
 from clsa_cli.chat import chat
+from clsa_cli.convert import convert
 from clsa_cli.eval import eval_
 from clsa_cli.generate import generate
 from clsa_cli.info import info
@@ -119,7 +121,9 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("train")(train)
 app.command("eval")(eval_)
+app.command("convert")(convert)
 app.command("info")(info)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _WHAT, _HOW, _WHERE = "Model", "Sampling", "Machine"
 
 
-def _check_dtype(value: str | None) -> str | None:
+def check_dtype(value: str | None) -> str | None:
+    """For a `--dtype` of a command's own."""
     if value is not None and value not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got {value!r}")
     return value
@@ -40,7 +41,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help=f"{', '.join(DTYPES)}; left out, clsa chooses.", callback=_check_dtype, rich_help_panel=_WHERE),
+    typer.Option(help=f"{', '.join(DTYPES)}; left out, clsa chooses.", callback=check_dtype, rich_help_panel=_WHERE),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_HOW)]
 Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=_HOW)]

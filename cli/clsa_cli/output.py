@@ -16,6 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clsa import ModelConfig
+
 MAX_LINE = 2000
 # A terminal obeys control characters, whoever wrote them: there they are shown as symbols instead.
 _SYMBOLS = (
@@ -106,6 +108,20 @@ def size(num_bytes: int) -> str:
         if value < 999.95 or unit == units[-1]:
             break
     return f"{value:,.1f} {unit}"
+
+
+def weights(config: ModelConfig, num_bytes: int) -> str:
+    """What weights are stored as: `12.3 MB, bfloat16`, `3.9 MB, 4 bits in groups of 64, ...`."""
+    from clsa.params import num_parameters
+
+    how, dtype = config.quantization, config.torch_dtype
+    if how is None:
+        return f"{size(num_bytes)}, {dtype}"
+    mean = 8 * num_bytes / num_parameters(config)
+    return (
+        f"{size(num_bytes)}, {how.bits} bits in groups of {how.group_size}, the rest {dtype}; "
+        f"{mean:.2f} bits per parameter"
+    )
 
 
 def echo_prompt(text: str) -> None:
