@@ -14,9 +14,9 @@ _SMALLEST_SCALE = np.float32(1e-7)
 def quantize(weight: np.ndarray, how: Quantization) -> QuantizedWeight:
     """A matrix [out, in] of float32, float16 or bfloat16, whose rows are a multiple of the group size, in groups.
 
-    Per group, with lo and hi its extremes: the one farther from 0 and 0 itself are met (nearly) exactly, because
-    `bias` is that extreme and `scale`, about (hi - lo) / (2^bits - 1) and directed to the other end, divides it.
-    Scales and biases come back in the dtype of `weight`.
+    In a group the extreme that is farther from 0 becomes the bias. The scale, about (hi - lo) / (2^bits - 1) and
+    directed to the other extreme, is made to divide it, so that 0 stays 0 but for rounding. Scales and biases come
+    back in the dtype of `weight`.
     """
     rows, width = weight.shape
     packed = np.empty((rows, width * how.bits // 32), "<u4")

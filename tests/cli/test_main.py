@@ -26,6 +26,7 @@ OPTIONS = {
     "chat": ["--system", *SAMPLING, *MACHINE],
     "train": ["--model", "--backend", "--device"],
     "eval": ["--model", "--backend", "--device"],
+    "convert": ["--model", "--out", "--quantize", "--group-size", "--dtype", "--backend", "--json"],
     "info": ["--model", "--backend", "--json"],
 }
 
