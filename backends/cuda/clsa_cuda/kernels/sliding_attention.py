@@ -1,0 +1,22 @@
+"""`sliding_attention` of a decode step: the ring, and the token itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from clsa.errors import BackendError
+from clsa.ops import Queries, Window
+from clsa_cuda.kernels.attend import attend_rows
+from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits
+
+
+def sliding_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: Window, queries: Queries, tiles: AttentionTiles | None = None
+) -> Tensor:
+    """`Ops.sliding_attention` where every sequence asks with one token; `tiles` is for measuring others."""
+    if not queries.one_each:
+        raise BackendError("the sliding attention kernel takes one query a sequence; use the plain op for prefill")
+    num_queries, _, head_dim = q.shape
+    tiles = tiles or attention_tiles(num_queries, k.shape[1], window.size, head_dim, q.itemsize, limits(q.device))
+    kv, slots = (window.k, window.v), queries.window_slots
+    return attend_rows("ring", window.size, q, kv, (k, v), slots, queries.positions, queries.sequence, tiles)

@@ -1,0 +1,116 @@
+"""Every size that kernels are launched with, as functions of the problem's shape and the device's limits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton.runtime import driver
+
+from clsa.config import PAGE_SIZE
+from clsa.errors import BackendError
+
+MAX_SELECTED = 8192  # of `select`: what is chosen among stays in one program's registers
+MAX_SPLITS = 64  # of an attention: one program merges so many results
+# Values one program holds at once: 32 in each thread of 32 warps, half of the registers a thread can have.
+_REGISTER_TILE = 32768
+_SEARCH_TILE = 16384
+_STREAM_TILE = 8192  # what is read again in each step of a search goes in smaller tiles, beside as many counters
+_SCORE_PROGRAMS = 6  # that fit a multiprocessor at once, with three 16 KB pages of bfloat16 keys in flight each
+_MIN_GROUP, _MAX_GROUP = 4, PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What of a device decides sizes."""
+
+    sm_count: int
+    shared_memory: int  # bytes one program can have
+
+
+@functools.cache
+def limits(device: torch.device) -> Limits:
+    """Of a CUDA device; of a small made-up one for the CPU, where kernels run in Triton's interpreter."""
+    if device.type != "cuda":
+        return Limits(sm_count=2, shared_memory=64 << 10)
+    properties = driver.active.utils.get_device_properties(device.index or 0)
+    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# -- select ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SelectTiles:
+    """See `select`: `group` tokens share one maximum; tiles are how many values a program holds."""
+
+    group: int
+    splits: int  # programs that score one query
+    maxima_tile: int
+    chosen_tile: int
+    score_warps: int
+    score_stages: int
+    pick_warps: int
+
+
+def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> SelectTiles:
+    """Groups so large that about as many maxima are searched as tokens of the groups that were kept."""
+    if k > MAX_SELECTED:
+        raise BackendError(f"the select kernel takes index_topk up to {MAX_SELECTED}, got {k}; use a smaller one")
+    capacity = max_pages * PAGE_SIZE
+    kept = next_power_of_2(k)
+    group = _MIN_GROUP
+    while group < _MAX_GROUP and 2 * group * kept <= _REGISTER_TILE and group * group * kept < capacity:
+        group *= 2
+    maxima_tile = next_power_of_2(capacity // group)
+    if maxima_tile > _SEARCH_TILE:
+        maxima_tile = _STREAM_TILE
+    chosen_tile = min(kept * group, next_power_of_2(capacity))
+    largest = max(maxima_tile, chosen_tile)
+    # One wave of small programs that each stream a few pages: loads in flight come from their number.
+    splits = max(1, min(max_pages, _SCORE_PROGRAMS * device.sm_count // max(1, num_queries)))
+    return SelectTiles(
+        group=group,
+        splits=splits,
+        maxima_tile=maxima_tile,
+        chosen_tile=chosen_tile,
+        score_warps=4,
+        score_stages=3,
+        pick_warps=max(4, min(32, largest // 512)),
+    )
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """Of one decode attention: keys per block, programs per (query, KV head), warps and pipeline depth."""
+
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tiles(
+    num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
+) -> AttentionTiles:
+    """Blocks that leave room for two programs per multiprocessor; splits that give each of them work."""
+    row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
+    stages = 3
+    block_n = 64
+    while block_n > 16 and stages * block_n * row_bytes > device.shared_memory // 2:
+        block_n //= 2
+    if itemsize == 4:
+        block_n = 16  # float32 products are made in registers, not by tensor cores
+    pairs = max(1, num_queries * kv_heads)
+    wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
+    blocks = max(1, max_keys // (2 * block_n))  # at least two blocks each, or the merge costs more than it gains
+    splits = max(1, min(wanted, MAX_SPLITS, next_power_of_2(blocks + 1) // 2))
+    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=stages)

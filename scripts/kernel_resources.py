@@ -1,0 +1,192 @@
+"""What the compiler makes of the CUDA kernels, on a machine without a GPU: registers, spills, shared memory.
+
+    PYTHONPATH=.:backends/cuda python scripts/kernel_resources.py [--capability 90] [--only attend]
+
+Compiles each kernel as a decode step of the 4B sizes launches it and prints one line for each: the resource report
+of ptxas, how many instructions and how wide the loads are. Ends with 1 if a kernel does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clsa.config import PAGE_SIZE
+from clsa_cuda.kernels import attend, gather_attention, select, write_memory
+from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
+
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+H200 = Limits(132, 227 << 10)
+
+
+def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Name -> kernel, types of its arguments, its constants, launch options."""
+    out = {}
+    for dtype in TYPES:
+        out[f"score {dtype}"] = score(dtype)
+    for context, k in ((1 << 17, 2048), (1 << 20, 2048), (1 << 17, 8192), (1 << 20, 8192), (1 << 13, 2048)):
+        out[f"pick {context} {k}"] = pick(context, k)
+    for dtype in TYPES:
+        for source in ("list", "block", "pages", "ring"):
+            out[f"attend {source} {dtype}"] = attention(source, dtype, 128, 5, 32)
+    for head_dim in (64, 80, 96, 256):
+        out[f"attend list bfloat16 D={head_dim}"] = attention("list", "bfloat16", head_dim, 5, 32)
+    out["attend list bfloat16 16 heads"] = attention("list", "bfloat16", 128, 16, 32)
+    out["attend list bfloat16 one query"] = attention("list", "bfloat16", 128, 5, 1)
+    out["attend pages bfloat16 one query"] = attention("pages", "bfloat16", 128, 5, 1)
+    pointers = dict.fromkeys(("k", "v", "k_out", "v_out"), "*bf16") | dict.fromkeys(("rows", "lengths"), "*i32")
+    integers = dict.fromkeys(("k_stride", "v_stride", "K"), "i32")
+    constants = {"E": 512, "BLOCK_E": 512, "BLOCK": 16}
+    out["compact bfloat16"] = (
+        gather_attention._compact_kernel,
+        pointers | integers,
+        constants,
+        {"num_warps": 4},
+    )
+    names = ("k", "v", "k_idx", "to_k", "to_v", "to_k_idx")
+    types = (
+        dict.fromkeys(names, "*bf16")
+        | {"mapping": "*i32"}
+        | dict.fromkeys(("k_stride", "v_stride", "k_idx_stride"), "i32")
+    )
+    constants = {"E": 512, "BLOCK_E": 512, "I": 128, "BLOCK_I": 128}
+    out["write bfloat16"] = (write_memory._write_kernel, types, constants, {"num_warps": 2})
+    return out
+
+
+def score(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    tiles = select_tiles(32, 2048, 2048, H200)
+    types = dict.fromkeys(("q_idx", "k_idx"), TYPES[dtype])
+    types |= dict.fromkeys(("positions", "sequence", "block_table", "keys", "maxima"), "*i32")
+    types |= dict.fromkeys(("q_stride", "k_stride", "table_stride", "capacity", "max_groups"), "i32")
+    constants = {
+        "I": 128,
+        "BLOCK_I": 128,
+        "PAGE": PAGE_SIZE,
+        "GROUP": tiles.group,
+        "STAGES": tiles.score_stages,
+    }
+    return select._score_kernel, types, constants, {"num_warps": tiles.score_warps}
+
+
+def pick(context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    tiles = select_tiles(32, context // PAGE_SIZE, k, H200)
+    names = (
+        "keys",
+        "maxima",
+        "groups",
+        "positions",
+        "sequence",
+        "block_table",
+        "chosen_positions",
+        "chosen_rows",
+        "lengths",
+    )
+    types = dict.fromkeys(names, "*i32")
+    types |= dict.fromkeys(("table_stride", "capacity", "max_groups", "K"), "i32")
+    constants = {
+        "BLOCK_K": next_power_of_2(k),
+        "PAGE": PAGE_SIZE,
+        "GROUP": tiles.group,
+        "MAXIMA_TILE": tiles.maxima_tile,
+        "CHOSEN_TILE": tiles.chosen_tile,
+        "ONE_TILE": context // tiles.group <= tiles.maxima_tile,
+    }
+    return select._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
+
+
+def attention(
+    source: str, dtype: str, head_dim: int, repeat: int, batch: int
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    max_keys = {"pages": 1 << 17, "ring": 512}.get(source, 2048)
+    tiles = attention_tiles(batch, 4, max_keys, head_dim, getattr(torch, dtype).itemsize, H200)
+    types = dict.fromkeys(("q", "k", "v", "own_k", "own_v", "out"), TYPES[dtype])
+    types |= dict.fromkeys(("rows", "lengths", "sequence", "arrived"), "*i32")
+    types |= dict.fromkeys(("partial", "sums"), "*fp32")
+    types |= dict.fromkeys(
+        ("H", "q_stride", "k_stride", "v_stride", "own_k_stride", "own_v_stride", "rows_stride"), "i32"
+    )
+    types |= {"scale": "fp32"}
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": next_power_of_2(head_dim),
+        "REPEAT": repeat,
+        "BLOCK_H": 16,
+        "BLOCK_N": tiles.block_n,
+        "SPLITS": tiles.splits,
+        "SOURCE": source,
+        "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048}.get(source, 0),
+        "STAGES": tiles.num_stages,
+    }
+    return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
+
+
+def report(
+    capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
+) -> str:
+    aligned = [name for name, kind in types.items() if kind != "fp32" and name != "H"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    start = time.monotonic()
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.monotonic() - start
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    kinds = Counter(
+        re.findall(r"\b(LDG\.E\S*|LDGSTS\S*|HMMA\.\d+|HGMMA\.\S+|LDL|STL|ATOMG\S*|RED\.\S*|BAR\.SYNC|SHFL)", sass)
+    )
+    short: Counter[str] = Counter()
+    for name, count in kinds.items():
+        width = re.search(r"\.(64|128|256)\b", name)
+        short[name.split(".")[0] + (width[0] if width else "")] += count
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))
+    parts = [f"{name} {count}" for name, count in sorted(short.items())]
+    return (
+        f"{found['REG']:4d} regs {found['STACK']:5d} stack {compiled.metadata.shared / 1024:6.1f} KB "
+        f"{options['num_warps']:3d} warps {instructions:6d} instr {seconds:5.1f} s  {', '.join(parts)}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    failed = 0
+    for name, case in cases().items():
+        if args.only not in name:
+            continue
+        try:
+            line = report(args.capability, *case)
+        except Exception as error:
+            failed += 1
+            line = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"{name:36s} {line}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""`KernelOps`: every kind of step gives what the specification gives, by a kernel or by the plain op."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from clsa import spec
+from clsa.ops import Ops
+from clsa_cuda.kernels.ops import KernelOps
+from tests.cuda.conftest import DEVICE
+from tests.ops.cases import STEPS, Chunk, filled_memory, filled_window, host, layout, normal
+from tests.ops.routing import arrays
+from tests.tolerance import assert_close, assert_equal
+
+
+@pytest.fixture(scope="module")
+def kernel_ops() -> Ops:
+    return KernelOps(DEVICE)
+
+
+@pytest.mark.parametrize("name", ["decode-padded", "prefill-padded"])
+def test_a_whole_step(kernel_ops: Ops, name: str) -> None:
+    """Select, attend to the selection, to everything and to the window; rows of blocks too."""
+    rng = np.random.default_rng(0)
+    step = layout(rng, STEPS[name])
+    num_tokens = len(step.positions)
+    q, k, v = (normal(rng, num_tokens, heads, 16, dtype="float32") for heads in (4, 2, 2))
+    kv = [normal(rng, step.num_rows, 2, 16, dtype="float32") for _ in range(2)]
+    ring = [normal(rng, step.num_slots * 8, 2, 16, dtype="float32") for _ in range(2)]
+    q_idx, k_idx = (rng.integers(-2, 3, (n, 8)).astype(np.float32) for n in (num_tokens, step.num_rows))
+    results = []
+    for ops in (kernel_ops, spec):
+        memory = filled_memory(ops, *kv, k_idx, "float32")
+        queries = step.queries(ops)
+        tokens = ops.asarray(q)
+        index = ops.asarray(q_idx)
+        selection = ops.select(index, memory, queries, 20, 1)
+        own, window = (ops.asarray(k), ops.asarray(v)), filled_window(ops, *ring, 8, "float32")
+        results.append(
+            (
+                arrays(ops, selection) + arrays(ops, ops.select(index, memory, queries, 20, 4)),
+                host(ops, ops.gather_attention(tokens, memory, selection), "float32"),
+                host(ops, ops.dense_attention(tokens, memory, queries), "float32"),
+                host(ops, ops.sliding_attention(tokens, *own, window, queries), "float32"),
+            )
+        )
+    for got, want in zip(results[0][0], results[1][0], strict=True):
+        assert_equal("select", got, want, name)
+    for op, got, want in zip(("gather_attention", "dense_attention", "sliding_attention"), *(r[1:] for r in results)):
+        assert_close(op, "float32", got, want, name)
+
+
+def test_a_large_selection(kernel_ops: Ops) -> None:
+    """More than the kernel takes: the plain op."""
+    rng = np.random.default_rng(0)
+    step = layout(rng, [Chunk(70, 1)])
+    k_idx = normal(rng, step.num_rows, 8, dtype="float32")
+    kv = np.zeros((step.num_rows, 1, 2), np.float32)
+    memory = filled_memory(kernel_ops, kv, kv, k_idx, "float32")
+    q_idx = kernel_ops.asarray(normal(rng, 1, 8, dtype="float32"))
+    got = kernel_ops.select(q_idx, memory, step.queries(kernel_ops), 8193, 1)
+    assert got.rows.shape == (1, 8193) and int(got.lengths[0]) == 71
