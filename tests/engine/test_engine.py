@@ -132,6 +132,18 @@ def test_a_step_that_fails_ends_what_ran(backend: str, function: str, n: int) ->
     assert answers(engine, tokens) == wanted
 
 
+def test_after_a_failed_step_the_state_is_new() -> None:
+    """On a lazy backend the old one may be the outcome of what failed, and would fail again."""
+    ops: Any = Failing(open_ops("numpy"))
+    engine = models.engine(ops)
+    answers(engine, prompts(1))
+    for function in ("embed", "new_memory"):
+        ops.fail(function, 1, RuntimeError(f"in {function}"))
+        request = engine.make_request(prompts(1)[0], GREEDY)
+        assert run(engine, [request])[request].error == f"the step failed: RuntimeError: in {function}"
+    assert answers(engine, prompts(1)) == answers(models.engine(open_ops("numpy")), prompts(1))
+
+
 def test_a_failed_step_does_not_take_back_what_the_step_before_brought() -> None:
     [tokens] = answers(models.engine(open_ops("numpy")), prompts(1))
     ops: Any = Failing(open_ops("numpy"))
@@ -344,6 +356,8 @@ def test_stop_strings_are_never_in_the_text() -> None:
             assert output.text == text[: text.index(stop)]
             assert output.finish_reason == "stop", "also where the last token completes it"
             assert stop in engine._tokenizer.decode(output.token_ids)
+            last = answer(engine, prompt, stop=[stop], max_tokens=len(output.token_ids))
+            assert (last.text, last.finish_reason) == (output.text, "stop")
     assert answer(engine, prompt, stop=[text + "x"]).text == text, "what was held back comes at the end"
 
 

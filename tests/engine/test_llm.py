@@ -386,6 +386,29 @@ def test_logprobs_are_those_of_the_logits(backend: str) -> None:
             assert [value for _, value in item.top] == pytest.approx(row[best].tolist(), abs=1e-4)
 
 
+def penalised(logits: np.ndarray, seen: list[int], penalty: float) -> int:
+    """The best token after the penalty."""
+    logits, rows = logits.astype(np.float64), sorted(set(seen))
+    logits[rows] = np.where(logits[rows] > 0, logits[rows] / penalty, logits[rows] * penalty)
+    return int(logits.argmax())
+
+
+@on_backends
+@pytest.mark.parametrize("penalty", [0.5, 1.5])
+def test_a_penalty_counts_the_newest_token_too(backend: str, penalty: float) -> None:
+    """Which the host does not know yet when the step that it counts in is launched."""
+    llm = models.load(backend)
+    prompts = [llm.tokenizer.encode(text) for text in TEXTS]
+    outputs = llm.generate(prompts, replace(SHORT, max_tokens=40, repetition_penalty=penalty))
+    would_differ = 0
+    for prompt, output in zip(prompts, outputs):
+        tokens = prompt + output.token_ids
+        for i, row in enumerate(llm.logits(tokens[:-1])[len(prompt) - 1 :], start=len(prompt)):
+            assert tokens[i] == penalised(row, tokens[:i], penalty)
+            would_differ += tokens[i] != penalised(row, tokens[: i - 1], penalty)
+    assert would_differ > 0
+
+
 @on_backends
 @pytest.mark.parametrize(
     ("layer_types", "pattern"),
