@@ -1,0 +1,35 @@
+"""From the text of a kernel to a function that launches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+_FOLDER = Path(__file__).parent
+
+
+@cache
+def load(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], headers: tuple[str, ...] = (), atomic: bool = False
+) -> Callable[..., list[mx.array]]:
+    """`mx.fast.metal_kernel` of `<name>.metal` behind `<header>.h.metal`, made once per process.
+
+    Args: names of the buffers as the kernel uses them; `atomic` makes all outputs atomic.
+    """
+    kernel: Callable[..., list[mx.array]] = mx.fast.metal_kernel(
+        name=f"clsa_{name}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=_text(f"{name}.metal"),
+        header="".join(_text(f"{header}.h.metal") for header in headers),
+        atomic_outputs=atomic,
+    )
+    return kernel
+
+
+@cache
+def _text(file: str) -> str:
+    return (_FOLDER / file).read_text(encoding="utf-8")

@@ -1,0 +1,20 @@
+"""rope: one launch instead of a dozen, and angles that stay exact at large positions."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from clsa_mlx.kernels import THREADS
+from clsa_mlx.kernels.load import load
+
+
+def rope(x: mx.array, positions: mx.array, frequencies: mx.array, threads: int = THREADS) -> mx.array:
+    """x [T, heads, D] turned by the angles positions [T] times frequencies [D / 2] float32."""
+    return load("rope", ("x", "positions", "frequencies"), ("out",))(
+        inputs=[x, positions, frequencies],
+        template=[("T", x.dtype), ("D", x.shape[-1])],
+        grid=(x.size // 2, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )[0]
