@@ -115,7 +115,7 @@ class LLM:
 
     def run(
         self,
-        requests: Iterable[tuple[K, Prompt, SamplingParams]],
+        requests: Iterable[tuple[K, Prompt | RequestError, SamplingParams]],
         *,
         ordered: bool = False,
         priority: int = 0,
@@ -126,7 +126,8 @@ class LLM:
 
         `requests` (key, prompt, params) is read ahead only as far as the engine needs it, so it may be endless; results
         (key, output) come as they finish, or in the order of the requests. A request that can never be answered
-        gives its RequestError in place of an output. `timeout` counts from when a request is read. See `generate`.
+        gives its RequestError in place of an output; so does one that comes with a RequestError as its prompt, because
+        the caller has refused it already. `timeout` counts from when a request is read. See `generate`.
         Closing the iterator cancels what is open.
         """
         source = self._or_refusal(requests, priority, salt, timeout)
@@ -203,10 +204,16 @@ class LLM:
         return self._engine.make_request(tokens, params, priority=priority, salt=salt, deadline=deadline)
 
     def _or_refusal(
-        self, requests: Iterable[tuple[K, Prompt, SamplingParams]], priority: int, salt: str, timeout: float | None
+        self,
+        requests: Iterable[tuple[K, Prompt | RequestError, SamplingParams]],
+        priority: int,
+        salt: str,
+        timeout: float | None,
     ) -> Iterator[tuple[K, Request | RequestError]]:
         for key, prompt, params in requests:
             try:
+                if isinstance(prompt, RequestError):
+                    raise prompt
                 yield key, self._request(prompt, check_params(params), priority, salt, timeout)
             except RequestError as error:
                 yield key, error

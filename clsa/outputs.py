@@ -50,6 +50,7 @@ class Piece:
     text: str
     token: int  # -1 where the request ended without one
     logprob: float | None
+    top: tuple[tuple[int, float], ...]  # the best tokens and their logprobs, as many as `logprobs` asked for
     prompt_tokens: int
     cached_tokens: int
     prompt_tps: float
@@ -95,6 +96,7 @@ class PieceClock:
             text=delta.text,
             token=-1 if delta.token is None else delta.token,
             logprob=None if delta.logprob is None else delta.logprob.logprob,
+            top=() if delta.logprob is None else delta.logprob.top,
             prompt_tokens=self._request.num_prompt_tokens,
             cached_tokens=self._request.cached_tokens,
             prompt_tps=computed / max(self._first - self._started, 1e-9),

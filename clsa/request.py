@@ -8,10 +8,11 @@ from array import array
 from dataclasses import InitVar, dataclass, field
 from typing import Literal
 
-from clsa.config import SamplingParams, check_float, check_int
+from clsa.config import SamplingParams, check_float, check_int, show
 from clsa.errors import RequestError
 from clsa.prefix import Chain
 
+MAX_SALT = 1024
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
 
 
@@ -27,7 +28,7 @@ class Request:
 
     Args: `prompt` token ids; `priority` lower first; `salt` the tenant whose prefixes it may share; `deadline` in
     the clock that the caller of `Scheduler.expire` uses. Everything below `deadline` is the scheduler's to write.
-    Raises RequestError for a priority or a deadline out of bounds.
+    Raises RequestError for a priority, a salt or a deadline out of bounds.
     """
 
     id: str
@@ -66,6 +67,8 @@ class Request:
 
     def __post_init__(self, prompt: list[int]) -> None:
         check_int("priority", self.priority, -(1 << 31), 1 << 31, RequestError)
+        if not isinstance(self.salt, str) or len(self.salt) > MAX_SALT:
+            raise RequestError(f"salt must be a text of at most {MAX_SALT} characters, got {show(self.salt)}")
         if self.deadline is not None:
             self.deadline = check_float("deadline", self.deadline, -1e18, 1e18, RequestError)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clsa import ModelConfig, RequestError, SamplingParams
@@ -48,7 +48,6 @@ class FakeLLM:
         self.tokenizer = FakeTokenizer()
         self.asked: list[Any] = []
         self.params: list[SamplingParams] = []
-        self.batches: list[int] = []
         self.loaded_with: tuple[Any, ...] = ()
         self.cancelled = self.closed = False
 
@@ -59,24 +58,32 @@ class FakeLLM:
     def close(self) -> None:
         self.closed = True
 
-    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Piece]:
+    def stream(self, prompt: Any, params: SamplingParams, *, salt: str = "") -> Iterator[Piece]:
         self._note(prompt, params)
-        return self._pieces(9 + len(self.asked))
+        return self._pieces(9 + len(self.asked), params)
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams, *, stream: bool) -> Iterator[Piece]:
         assert stream
         self._note([dict(message) for message in messages], params)
-        return self._pieces(10 * len(messages))
+        return self._pieces(10 * len(messages), params)
 
-    def generate(self, prompts: Any, params: Any) -> list[RequestOutput]:
-        if isinstance(prompts, str):
-            prompts, params = [prompts], [params]
-        if refused := [prompt for prompt in prompts if "refuse" in str(prompt)]:
-            raise RequestError(f"the prompt {refused[0]!r} is refused")
-        self.batches.append(len(prompts))
-        for prompt, p in zip(prompts, params, strict=True):
-            self._note(prompt, p)
-        return [self._output(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    def run(
+        self, requests: Iterable[tuple[Any, Any, SamplingParams]], *, ordered: bool = False, salt: str = ""
+    ) -> Generator[tuple[Any, RequestOutput | RequestError]]:
+        """Reads one request ahead. Out of order unless told otherwise: each answer after the one that came later."""
+        held: list[tuple[Any, RequestOutput | RequestError]] = []
+        for key, prompt, params in requests:
+            time.sleep(self.delay)
+            try:
+                if isinstance(prompt, RequestError):
+                    raise prompt
+                self._note(prompt, params)
+                held.append((key, self._output(prompt, params)))
+            except RequestError as error:
+                held.append((key, error))
+            if ordered or len(held) == 2:
+                yield held.pop()
+        yield from held
 
     def _note(self, prompt: Any, params: SamplingParams) -> None:
         if "refuse" in str(prompt):
@@ -97,11 +104,14 @@ class FakeLLM:
             error="the step failed" if failed else None,
         )
 
-    def _pieces(self, prompt_tokens: int) -> Iterator[Piece]:
+    def _pieces(self, prompt_tokens: int, params: SamplingParams) -> Iterator[Piece]:
         try:
             for i, text in enumerate(self.say):
                 time.sleep(self.delay)
                 last = i == len(self.say) - 1
-                yield Piece(text, i, -0.5, prompt_tokens, 4, 100.0, i + 1, 50.0, 12_000_000, "stop" if last else None)
+                top = ((7, -0.5), (8, float("-inf")))[: params.logprobs or 0]
+                yield Piece(
+                    text, i, -0.5, top, prompt_tokens, 4, 100.0, i + 1, 50.0, 12_000_000, "stop" if last else None
+                )
         finally:
             self.cancelled = True
