@@ -10,6 +10,10 @@ import pytest
 from tests.metal.harness.compile import compiler
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "races: Metal kernels under ThreadSanitizer; leave out with -m 'not races'")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not Path(item.path).is_relative_to(Path(__file__).parent) or item.path.name == "test_signature.py":
         return

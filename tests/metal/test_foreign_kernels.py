@@ -68,7 +68,7 @@ def test_gated_delta(dtype: str, gates: str, masked: bool) -> None:
     mask = mx.array(np.arange(batch * steps).reshape(batch, steps) % 3 != 1) if masked else None
     y, new_state = module.gated_delta_kernel(q, k, v, g, beta, state, mask)
     expected_y, expected_state = module.gated_delta_ops(q, k, v, g, beta, state, mask)
-    if masked:  # masked steps give zeros in the kernel and something unused in the reference
+    if mask is not None:  # masked steps give zeros in the kernel and something unused in the reference
         expected_y = mx.where(mask[..., None, None], expected_y, 0)
     assert difference(y, expected_y) <= (1e-5 if dtype == "float32" else 1e-2)
     assert difference(new_state, expected_state) <= 1e-5

@@ -43,7 +43,7 @@ def _call(kernel: Kernel, inputs: list[Any], outputs: list[Any], **arguments: An
     )
 
 
-CALLS: dict[str, Callable[[], Call]] = {
+CALLS: dict[str, Any] = {
     "add f32": lambda: toys.add()[0],
     "add bf16": lambda: toys.add(dtype=toys.BF16)[0],
     "add of few elements": lambda: toys.add(n=7)[0],
@@ -62,7 +62,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         Kernel("hist", ["x"], ["y"], "thread_position_in_grid", atomic_outputs=True), [toys.normal(9)], [toys.U32]
     ),
     **{
-        dtype: lambda dtype=dtype: _call(  # type: ignore[misc]
+        dtype: lambda dtype=dtype: _call(
             Kernel("types", ["x"], ["y"], "y[0] = x[0];"), [np.zeros(9, dtype)], [np.dtype(dtype)]
         )
         for dtype in DTYPES
@@ -83,7 +83,8 @@ def _mlx_text(call: Call) -> str:
     from tests.metal.harness.on_cpu import to_mlx
 
     kernel = call.source.kernel
-    function = mx.fast.metal_kernel(
+    metal_kernel: Any = mx.fast.metal_kernel
+    function = metal_kernel(
         name=kernel.name,
         input_names=list(kernel.input_names),
         output_names=list(kernel.output_names),

@@ -44,9 +44,15 @@ METAL_FUNC void add_to_copy(thread float* p, float v) { p[0] += v; }
 WRONG = {
     "threadgroup array to a device pointer": ("y[i] = first(a);", "no matching function for call to 'first'"),
     "device buffer to a threadgroup pointer": ("add_to(y, 1.0f);", "no matching function for call to 'add_to'"),
-    "threadgroup array to a thread pointer": ("add_to_copy(a, 1.0f);", "no matching function for call to 'add_to_copy'"),
+    "threadgroup array to a thread pointer": (
+        "add_to_copy(a, 1.0f);",
+        "no matching function for call to 'add_to_copy'",
+    ),
     "a pointer without its space": ("const float* p = x; y[i] = p[i];", "changes address space|cannot initialize"),
-    "a constant input as device": ("const device float* p = few; y[i] = p[0];", "changes address space|cannot initialize"),
+    "a constant input as device": (
+        "const device float* p = few; y[i] = p[0];",
+        "changes address space|cannot initialize",
+    ),
     "a write to an input": ("x[i] = 1;", "read-only variable is not assignable|cannot assign"),
     "a device pointer that drops const": ("device float* p = x; y[i] = p[i];", "cannot initialize"),
     "a double": ("double d = 1; y[i] = float(d);", "Metal has no double"),

@@ -5,6 +5,7 @@ They show that the harness runs right kernels right; `test_planted_bugs.py` brea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,21 @@ U32, I32 = np.dtype(np.uint32), np.dtype(np.int32)
 def normal(shape: Any, dtype: np.dtype = F32, seed: int = 0) -> np.ndarray:
     """Normal random numbers, the same for the same seed."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def launch(
+    kernel: Kernel, inputs: Sequence[Any], threads: int, group: int, shape: Any, dtype: Any, **template: Any
+) -> Call:
+    """A call with a grid of one dimension and one output."""
+    return prepare(
+        kernel,
+        inputs,
+        template=list(template.items()),
+        grid=(threads, 1, 1),
+        threadgroup=(group, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+    )
 
 
 # ---- c = a + scale * b, one thread per element
@@ -36,15 +52,7 @@ ADD = Kernel(
 
 def add(n: int = 1000, dtype: np.dtype = F32, threads: int = 256, kernel: Kernel = ADD) -> tuple[Call, np.ndarray]:
     a, b = normal(n, dtype), normal(n, dtype, seed=1)
-    call = prepare(
-        kernel,
-        [a, b, 0.5],
-        template=[("T", dtype)],
-        grid=(n, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(n,)],
-        output_dtypes=[dtype],
-    )
+    call = launch(kernel, [a, b, 0.5], n, threads, (n,), dtype, T=dtype)
     return call, a.astype(np.float64) + 0.5 * b.astype(np.float64)
 
 
@@ -80,15 +88,7 @@ def score(
     n: int = 100, d: int = 128, dtype: np.dtype = F16, threads: int = 256, kernel: Kernel = SCORE
 ) -> tuple[Call, np.ndarray]:
     keys, query = normal((n, d), dtype), normal(d, dtype, seed=1)
-    call = prepare(
-        kernel,
-        [keys, query],
-        template=[("T", dtype), ("D", d)],
-        grid=(32 * n, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(n,)],
-        output_dtypes=[F32],
-    )
+    call = launch(kernel, [keys, query], 32 * n, threads, (n,), F32, T=dtype, D=d)
     return call, keys.astype(np.float64) @ query.astype(np.float64)
 
 
@@ -178,15 +178,7 @@ METAL_FUNC uint sortable(float x) {
 
 
 def topk(scores: np.ndarray, k: int, threads: int = 1024, kernel: Kernel = TOPK) -> tuple[Call, np.ndarray]:
-    call = prepare(
-        kernel,
-        [scores],
-        template=[("N", scores.size), ("K", k), ("THREADS", threads)],
-        grid=(threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(k,)],
-        output_dtypes=[U32],
-    )
+    call = launch(kernel, [scores], threads, threads, (k,), U32, N=scores.size, K=k, THREADS=threads)
     return call, np.sort(np.argsort(-scores.astype(np.float64), kind="stable")[:k])
 
 
@@ -262,15 +254,9 @@ def attention(
     cached = max(int(rows.max(initial=0)) + 1, 8)
     q, k = normal((heads * group, d), dtype), normal((cached, heads, d), dtype, seed=1)
     v = normal((cached, heads, d), dtype, seed=2)
-    call = prepare(
-        kernel,
-        [q, k, v, rows.astype(np.int32), float(d**-0.5)],
-        template=[("T", dtype), ("D", d), ("HEADS", heads), ("GROUP", group), ("ROWS", rows.size), ("THREADS", threads)],
-        grid=(threads * heads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[dtype],
-    )
+    inputs = [q, k, v, rows.astype(np.int32), float(d**-0.5)]
+    sizes = {"T": dtype, "D": d, "HEADS": heads, "GROUP": group, "ROWS": rows.size, "THREADS": threads}
+    call = launch(kernel, inputs, threads * heads, threads, q.shape, dtype, **sizes)
     return call, _attention(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), rows[rows >= 0])
 
 
@@ -302,14 +288,6 @@ def ring(length: int, window: int = 10, kernel: Kernel = RING) -> tuple[Call, np
     values = np.full(window, -2.0, np.float32)
     for position in range(length):
         values[position % window] = position
-    call = prepare(
-        kernel,
-        [values, np.array([length], np.int32)],
-        template=[("W", window)],
-        grid=(window, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(window,)],
-        output_dtypes=[F32],
-    )
+    call = launch(kernel, [values, np.array([length], np.int32)], window, 32, (window,), F32, W=window)
     last = np.arange(max(0, length - window), length)
     return call, np.concatenate([last, np.full(window - last.size, -1)])

@@ -68,20 +68,11 @@ def prepare(
     _check_sizes(kernel, grid, threadgroup, max_threads)
     values = [(name, value if isinstance(value, bool | int) else np.dtype(value)) for name, value in template]
     source = generate(kernel, arrays, dtypes, values)
-    if len(source.parameters) > MAX_BUFFERS:
-        raise KernelError(
-            f"{kernel.name} has {len(source.parameters)} buffers ({', '.join(p.name for p in source.parameters)});"
-            f" Metal binds at most {MAX_BUFFERS}"
-        )
-    fill = 0.0 if init_value is None else init_value
-    outputs = [np.full(tuple(shape), fill).astype(dtype) for shape, dtype in zip(output_shapes, dtypes)]
-    return Call(
-        source=source,
-        buffers=[_buffer(parameter, arrays, outputs) for parameter in source.parameters],
-        grid=grid,
-        threadgroup=tuple(min(t, g) for t, g in zip(threadgroup, grid)),  # type: ignore[arg-type]
-        initialised=init_value is not None,
-    )
+    _check_buffers(source)
+    outputs = [np.full(tuple(shape), init_value or 0.0).astype(dtype) for shape, dtype in zip(output_shapes, dtypes)]
+    buffers = [_buffer(parameter, arrays, outputs) for parameter in source.parameters]
+    x, y, z = (min(pair) for pair in zip(threadgroup, grid))
+    return Call(source, buffers, grid, (x, y, z), initialised=init_value is not None)
 
 
 def _array(value: Any, ensure_row_contiguous: bool) -> np.ndarray:
@@ -128,6 +119,14 @@ def _check_counts(
     for name, dtype in [*zip(kernel.input_names, (x.dtype for x in inputs)), *zip(kernel.output_names, dtypes)]:
         if dtype not in TYPE_NAMES:
             raise KernelError(f"{kernel.name}: '{name}' has dtype {dtype}, which MLX does not have")
+
+
+def _check_buffers(source: Source) -> None:
+    names = [parameter.name for parameter in source.parameters]
+    if len(names) > MAX_BUFFERS:
+        raise KernelError(
+            f"{source.kernel.name} has {len(names)} buffers ({', '.join(names)}); Metal binds at most {MAX_BUFFERS}"
+        )
 
 
 def _check_sizes(kernel: Kernel, grid: Size, threadgroup: Size, max_threads: int) -> None:

@@ -76,8 +76,8 @@ def line_of(module: str, offset: int) -> str | None:
     found = subprocess.run(
         ["addr2line", "-i", "-e", module, hex(offset)], capture_output=True, text=True, check=False
     ).stdout
-    places = [Path(place.split(" ")[0]).name for place in found.splitlines()]
-    return next((place for place in places if place.split(":")[0].endswith((".body", ".header"))), None)
+    place = re.search(r"[^/\n]+\.(body|header):\d+", found)
+    return place[0] if place else None
 
 
 def _dialect() -> list[str]:

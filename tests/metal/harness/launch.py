@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from tests.metal.harness.call import Call, prepare
 from tests.metal.harness.compile import build_kernel, build_runtime, line_of
 from tests.metal.harness.errors import KernelError
+from tests.metal.harness.signature import Kernel
 from tests.metal.harness.translate import to_cpp
 
 Order = Literal["forward", "reverse", "random"]
@@ -21,8 +23,10 @@ PLACES: tuple[Place, ...] = ("end", "start")
 POISONS = (0xCB, 0x35)  # bytes of memory that nobody has written; as floats -2.7e7 and 6.8e-7
 
 
-def run(kernel: Any, inputs: Any, *, order: Order = "forward", place: Place = "end", **arguments: Any) -> list[np.ndarray]:
-    """Run a kernel once and return its outputs: `execute(prepare(kernel, inputs, ...))`."""
+def run(
+    kernel: Kernel, inputs: Sequence[Any], *, order: Order = "forward", place: Place = "end", **arguments: Any
+) -> list[np.ndarray]:
+    """Run a kernel once and return its outputs: `execute(prepare(kernel, inputs, **arguments))`."""
     return execute(prepare(kernel, inputs, **arguments), order=order, place=place)
 
 
@@ -70,8 +74,8 @@ def check(call: Call, *expected: np.ndarray, rtol: float = 0.0, atol: float = 0.
             for name, output, wanted in zip(names, outputs, expected, strict=True):
                 _compare(
                     f"{call.source.kernel.name}: output '{name}' in {order} order with buffers at the {place}",
-                    output.astype(np.float64),
-                    np.asarray(wanted, np.float64),
+                    output,
+                    np.asarray(wanted),
                     rtol,
                     atol,
                 )
@@ -80,6 +84,8 @@ def check(call: Call, *expected: np.ndarray, rtol: float = 0.0, atol: float = 0.
 def _compare(what: str, output: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> None:
     if output.shape != expected.shape:
         raise KernelError(f"{what} has shape {output.shape}, expected {expected.shape}")
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        output, expected = output.astype(np.float64), expected.astype(np.float64)
     wrong = ~np.isclose(output, expected, rtol=rtol, atol=atol, equal_nan=True)
     if wrong.any():
         first = tuple(int(i) for i in np.argwhere(wrong)[0])

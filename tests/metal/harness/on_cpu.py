@@ -45,8 +45,9 @@ def metal_on_cpu(
         )
         return _Callable(kernel, order, place, watch)
 
-    with mock.patch.object(mx.fast, "metal_kernel", metal_kernel), mock.patch.object(
-        mx.metal, "is_available", lambda: True
+    with (
+        mock.patch.object(mx.fast, "metal_kernel", metal_kernel),
+        mock.patch.object(mx.metal, "is_available", lambda: True),
     ):
         yield
 

@@ -40,9 +40,7 @@ def run_program(
             (folder / f"{i}.bin").write_bytes(data)
             lines.append(f"{buffer.name} {array.nbytes} {array.itemsize} {int(buffer.writable)}")
         (folder / "call.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        done = subprocess.run(
-            [*command, name], capture_output=True, text=True, check=False, timeout=timeout, env=env
-        )
+        done = subprocess.run([*command, name], capture_output=True, text=True, check=False, timeout=timeout, env=env)
         outputs = [
             np.frombuffer((folder / f"{i}.bin").read_bytes(), buffer.array.dtype).reshape(buffer.array.shape)
             for i, buffer in enumerate(call.buffers)

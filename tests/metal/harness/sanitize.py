@@ -78,8 +78,9 @@ def _explain(stderr: str) -> str:
         accesses = []
         for atomic, what, size, address, thread, stack in _ACCESS.findall(report):
             line = _LINE.search(stack)
+            where = _name(int(address, 16), regions)
             accesses.append(
-                f"{atomic}{what.lower()} of {size} bytes of {_name(int(address, 16), regions)} by {threads.get(thread, unknown)}"
+                f"{atomic}{what.lower()} of {size} bytes of {where} by {threads.get(thread, unknown)}"
                 + (f" at {line[0]}" if line else "")
             )
         found.append(f"{kind.split(' (pid')[0]}: " + " and ".join(accesses))

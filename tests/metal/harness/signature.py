@@ -138,9 +138,7 @@ def generate(
     )
 
 
-def _parameters(
-    kernel: Kernel, inputs: Sequence[np.ndarray], output_dtypes: Sequence[np.dtype]
-) -> list[Parameter]:
+def _parameters(kernel: Kernel, inputs: Sequence[np.ndarray], output_dtypes: Sequence[np.dtype]) -> list[Parameter]:
     found = []
     for i, (name, array) in enumerate(zip(kernel.input_names, inputs)):
         space = "constant" if _is_constant(array) else "device"

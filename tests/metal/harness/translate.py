@@ -36,7 +36,7 @@ def to_cpp(source: Source) -> str:
             f"static void {source.function}(\n" + ",\n".join(parameters) + ") {\n",
             f'#line 1 "{kernel.name}.body"\n',
             rewrite_variables(source, _reference),
-            "\n}\n#line 1 \"entry\"\n",
+            '\n}\n#line 1 "entry"\n',
             _entry(source),
         ]
     )

@@ -56,12 +56,19 @@ def check_types(call: Call) -> None:
         if match := _DOUBLE.search(text):
             line = text.count("\n", 0, match.start()) + 1
             raise CompileError(f"{source.kernel.name}.{part}:{line}: Metal has no double")
-    text = (
-        f'#include "typecheck.h"\n#line 1 "{source.kernel.name}.header"\n{header}\n{source.template_line}'
-        f"void {source.function}(\n" + ",\n".join(parameters) + f') {{\n#line 1 "{source.kernel.name}.body"\n{body}\n}}\n'
+    text = "\n".join(
+        [
+            '#include "typecheck.h"',
+            f'#line 1 "{source.kernel.name}.header"',
+            header,
+            source.template_line,
+            f"void {source.function}(",
+            ",\n".join(parameters) + ") {",
+            f'#line 1 "{source.kernel.name}.body"',
+            body + "\n}",
+            f"template decltype({source.instance}) {source.instance};\n" if source.template else "",
+        ]
     )
-    if source.template:
-        text += f"template decltype({source.instance}) {source.instance};\n"
     done = subprocess.run([clang() or "clang++", *_FLAGS], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error:" in line]

@@ -178,7 +178,8 @@ extern "C" void* runtime_threadgroup_variable(int id, const char* name, size_t b
   if (machine.variable_is_fresh[id]) return region.data;
   machine.threadgroup_bytes += (bytes + 15) / 16 * 16;
   if (machine.threadgroup_bytes > kMaxThreadgroupBytes)
-    fail(machine.current, "threadgroup memory size (%zu) exceeds the maximum threadgroup memory allowed (%zu) with '%s'",
+    fail(machine.current,
+         "threadgroup memory size (%zu) exceeds the maximum threadgroup memory allowed (%zu) with '%s'",
          machine.threadgroup_bytes, kMaxThreadgroupBytes, name);
   if (region.mapping == nullptr)
     region = map_region("threadgroup array", name, bytes, item_bytes, static_cast<Place>(machine.launch->place));

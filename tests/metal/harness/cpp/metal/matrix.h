@@ -24,7 +24,8 @@ void simdgroup_load(simdgroup_matrix<T, 8, 8>& matrix, const T* source, ulong el
   runtime::runtime_simdgroup_barrier(site, false);
   const T* first = source + origin.y * elements_per_row + origin.x;
   for (ulong i = 0; i < 8; ++i)
-    for (ulong j = 0; j < 8; ++j) (transpose ? matrix.values[j][i] : matrix.values[i][j]) = first[i * elements_per_row + j];
+    for (ulong j = 0; j < 8; ++j)
+      (transpose ? matrix.values[j][i] : matrix.values[i][j]) = first[i * elements_per_row + j];
 }
 
 template <class T>
@@ -34,7 +35,8 @@ void simdgroup_store(simdgroup_matrix<T, 8, 8> matrix, T* target, ulong elements
   if (!simd_is_first(site)) return;
   T* first = target + origin.y * elements_per_row + origin.x;
   for (ulong i = 0; i < 8; ++i)
-    for (ulong j = 0; j < 8; ++j) first[i * elements_per_row + j] = transpose ? matrix.values[j][i] : matrix.values[i][j];
+    for (ulong j = 0; j < 8; ++j)
+      first[i * elements_per_row + j] = transpose ? matrix.values[j][i] : matrix.values[i][j];
 }
 
 // d = a * b + c

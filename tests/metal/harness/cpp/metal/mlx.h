@@ -14,12 +14,15 @@ typedef bfloat bfloat16_t;
 
 template <class U>
 struct Limits {
-  static constexpr bool kFloating = metal::is_floating<U>;
   static constexpr U finite_max = metal::numeric_limits<U>::max();
   static constexpr U finite_min = metal::numeric_limits<U>::lowest();
   static constexpr U bound(bool upper) {
-    if constexpr (kFloating) return upper ? metal::numeric_limits<U>::infinity() : -metal::numeric_limits<U>::infinity();
-    return upper ? finite_max : finite_min;
+    if constexpr (metal::is_floating<U>) {
+      const U infinity = metal::numeric_limits<U>::infinity();
+      return upper ? infinity : -infinity;
+    } else {
+      return upper ? finite_max : finite_min;
+    }
   }
   static constexpr U max = bound(true);
   static constexpr U min = bound(false);

@@ -60,7 +60,8 @@ struct Reduce {
   template <class T>
   static void apply(const T* operands, uint32_t lanes, T* results) {
     auto total = static_cast<wide<T>>(operands[__builtin_ctz(lanes)]);
-    for_each_lane(lanes & (lanes - 1), [&](int i) { total = Function::of(total, static_cast<wide<T>>(operands[i])); });
+    for_each_lane(lanes & (lanes - 1),
+                  [&](int i) { total = Function::of(total, static_cast<wide<T>>(operands[i])); });
     for_each_lane(lanes, [&](int i) { results[i] = static_cast<T>(total); });
   }
 };
@@ -134,8 +135,12 @@ struct FromDown {
     return source < runtime::kSimdWidth ? source : -1;
   }
 };
-struct FromRotatedUp { static int of(int lane, uint delta) { return (lane - static_cast<int>(delta % 32) + 32) % 32; } };
-struct FromRotatedDown { static int of(int lane, uint delta) { return (lane + static_cast<int>(delta % 32)) % 32; } };
+struct FromRotatedUp {
+  static int of(int lane, uint delta) { return (lane + 32 - static_cast<int>(delta % 32)) % 32; }
+};
+struct FromRotatedDown {
+  static int of(int lane, uint delta) { return (lane + static_cast<int>(delta % 32)) % 32; }
+};
 
 #define EXCHANGE_FUNCTION(name, source, uniform)                                                              \
   template <class T>                                                                                          \

@@ -123,7 +123,8 @@ constexpr bool is_vec<vec<T, N>> = true;
 
 // A scalar joins a vector if nothing is lost on the way.
 template <class A, class T>
-constexpr bool joins = is_scalar<A> && std::is_convertible_v<A, T> && !(is_small_float<T> && std::is_floating_point_v<A>);
+constexpr bool joins =
+    is_scalar<A> && std::is_convertible_v<A, T> && !(is_small_float<T> && std::is_floating_point_v<A>);
 
 #define VECTOR_OPERATOR(op)                                                                                 \
   template <class T, int N>                                                                                 \
