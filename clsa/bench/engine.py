@@ -1,0 +1,169 @@
+"""The real engine, with long contexts in its state that nobody had to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from clsa.bench.random_arrays import random_state
+from clsa.config import PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams
+from clsa.engine import Engine
+from clsa.errors import ClsaError
+from clsa.ops import Memory, Ops, State, Window
+from clsa.outputs import Delta
+from clsa.plan import make_plan
+from clsa.request import Request
+from clsa.residency import num_pages
+from clsa.scheduler import Scheduler, StepPlan
+from clsa.sizing import Sizes, state_bytes
+from clsa.tokenizer import Tokenizer
+
+MEMORY_SHARE = 0.8  # of what is free beside the weights that state may take; the rest is for a step's temporaries
+_PROMPT_TOKENS = 250  # different ones: small integers cost no memory, however long the prompts
+
+
+def fitting_pages(ops: Ops, config: ModelConfig, dtype: str, wanted: int, slots: int) -> int:
+    """How many of the wanted pages fit beside the rings of `slots` sequences, with the weights already there."""
+    plan = make_plan(config)
+    page, rings = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, slots)
+    budget = int(MEMORY_SHARE * ops.memory_stats()["free"]) - rings
+    return max(1, min(wanted, budget // page if page else wanted))
+
+
+def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Prompts without a common beginning."""
+    rng = np.random.default_rng([seed, count, length])
+    return [rng.integers(0, _PROMPT_TOKENS, length).tolist() for _ in range(count)]
+
+
+def make_engine(
+    ops: Ops,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    dtype: str,
+    *,
+    pages: int,
+    slots: int,
+    tokens_per_step: int,
+) -> Engine:
+    """An engine of exactly this size, without a prefix cache: prompts are random, and hits would be luck."""
+    settings = EngineConfig(max_num_seqs=slots, max_tokens_per_step=tokens_per_step, prefix_cache_bytes=0)
+    plan = make_plan(config)
+    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, state_bytes(ops, plan, dtype, pages, slots))
+    return Engine(ops, params, plan, word_tokenizer(config), dtype, settings, sizes)
+
+
+def word_tokenizer(config: ModelConfig) -> Tokenizer:
+    """One word per id of the model, so that answers have text."""
+    from tokenizers import Tokenizer as Impl
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(Impl(WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0")), config)
+
+
+def decoding_engine(
+    ops: Ops,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    dtype: str,
+    state: State,
+    pages: int,
+    contexts: Sequence[int],
+) -> Engine:
+    """An engine in the middle of decoding sequences that have `contexts` tokens each.
+
+    The scheduler is led through the prompts, but no step is run: what they would have left behind is `state`, filled
+    before. It has `pages` pages, perhaps fewer than the sequences; then they share some. The state must not be used
+    again.
+    """
+    logical = len(contexts) * num_pages(config.max_position_embeddings)
+    engine = make_engine(
+        _handing_out(ops, state),
+        params,
+        config,
+        dtype,
+        pages=pages,
+        slots=len(contexts),
+        tokens_per_step=max(2048, 4 * len(contexts)),
+    )
+    scheduler = _PlacedScheduler(
+        np.random.default_rng(5).permutation(pages).tolist(),
+        num_pages=max(logical, pages),
+        num_slots=len(contexts),
+        num_snapshots=0,
+        max_tokens_per_step=1 << 20,
+        max_model_len=config.max_position_embeddings,
+        window=config.sliding_window if make_plan(config).num_windows else 0,
+        max_waiting=len(contexts),
+        max_cached_pages=0,
+    )
+    engine.scheduler = scheduler
+    for i, context in enumerate(contexts):
+        params_ = SamplingParams(max_tokens=config.max_position_embeddings - context, ignore_eos=True)
+        engine.add(engine.make_request(random_prompts(1, context, seed=i)[0], params_))
+    scheduler.skip_prompts()
+    return engine
+
+
+class _PlacedScheduler(Scheduler):
+    """The scheduler, with its pages at random places of a memory that may have fewer of them."""
+
+    def __init__(self, places: Sequence[int], **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self._places = places
+        self._placed: dict[str, int] = {}
+
+    def skip_prompts(self) -> None:
+        """Go through all prompts as if their steps had been run."""
+        while self.num_waiting or any(r.num_total - r.num_computed > 1 for r in self._running):
+            plan = super().schedule()
+            assert plan is not None  # the whole prompt fits
+            self.complete(plan, [0] * sum(chunk.wants_logits for chunk in plan.chunks))
+
+    def schedule(self) -> StepPlan | None:
+        plan = super().schedule()
+        for chunk in () if plan is None else plan.chunks:
+            self._place(chunk.request)
+        return plan
+
+    def _place(self, request: Request) -> None:
+        first, places = self._placed.get(request.id, 0), self._places
+        if first < len(request.pages):
+            request.pages[first:] = [places[page % len(places)] for page in request.pages[first:]]
+            self._placed[request.id] = len(request.pages)
+
+
+def _handing_out(ops: Ops, state: State) -> Ops:
+    """The same ops, whose new state is the given one, once."""
+    memories, windows = list(state.memories), list(state.windows)
+
+    def next_of(made: list[Any]) -> Any:
+        if not made:
+            raise ClsaError("a step of the benchmark failed; CLSA_DEBUG=1 shows where")
+        return made.pop(0)
+
+    def new_memory(*_: Any) -> Memory:
+        return cast(Memory, next_of(memories))
+
+    def new_window(*_: Any) -> Window:
+        return cast(Window, next_of(windows))
+
+    functions = {name: getattr(ops, name) for name in dir(ops) if not name.startswith("_")}
+    return cast(Ops, SimpleNamespace(**(functions | {"new_memory": new_memory, "new_window": new_window})))
+
+
+def filled_state(ops: Ops, config: ModelConfig, dtype: str, pages: int, slots: int) -> State:
+    """State with random data in every row."""
+    return random_state(ops, make_plan(config), pages * PAGE_SIZE, slots, dtype)
+
+
+def checked_step(engine: Engine) -> list[Delta]:
+    """One step of the engine. Raises ClsaError if a request failed in it."""
+    deltas = engine.step()
+    for delta in deltas:
+        if delta.finish_reason == "error":
+            raise ClsaError(f"a request of the benchmark failed: {delta.request.error}")
+    return deltas

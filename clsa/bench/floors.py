@@ -1,0 +1,131 @@
+"""What a step cannot do without: the bytes it must move and the operations it must do. Pure arithmetic.
+
+Every input is counted once and every result that leaves the step not at all: activations, new rows of state and page
+tables are small beside what is counted. Selected rows count once per layer that reads them, although a cache may
+keep them from one layer to the next. Letters are those of `clsa.ops`, F is the intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from clsa.config import ModelConfig
+from clsa.params import num_parameters, tensor_shapes
+from clsa.plan import LayerPlan, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Bytes that one decode step must read."""
+
+    weights: int  # once, whatever the batch
+    index_keys: int
+    windows: int
+    selected: int  # K and V rows of selections
+    dense: int  # K and V rows of everything visible
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def decode_bytes(config: ModelConfig, context: int, batch: int, itemsize: int) -> StepBytes:
+    """Bytes of a decode step of `batch` sequences that see `context` tokens each, stored in `itemsize` bytes.
+
+    Of an untied embedding only the rows of the tokens are read, which do not count.
+    """
+    rows = {"windows": 0, "selected": 0, "dense": 0, "index_keys": 0}
+    for layer in make_plan(config).layers:
+        for what, count in _rows_read(config, layer, context):
+            rows[what] += count
+    kv_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    return StepBytes(
+        weights=decode_parameters(config) * itemsize,
+        index_keys=batch * rows["index_keys"] * config.index_head_dim * itemsize,
+        windows=batch * rows["windows"] * kv_bytes,
+        selected=batch * rows["selected"] * kv_bytes,
+        dense=batch * rows["dense"] * kv_bytes,
+    )
+
+
+def _rows_read(config: ModelConfig, layer: LayerPlan, context: int) -> list[tuple[str, int]]:
+    if layer.window is not None:
+        return [("windows", min(context, config.sliding_window))]
+    if layer.route == "D":
+        return [("dense", context)]
+    selected = [("selected", min(context, config.index_topk))]
+    return [*selected, ("index_keys", context)] if layer.route == "F" else selected
+
+
+def decode_parameters(config: ModelConfig) -> int:
+    """Parameters that a decode step reads in full."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return num_parameters(config) - embedding
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """Floating-point operations of one prompt of `tokens`, two per multiply-add, the last logits left out.
+
+    Matrix products of every layer that a position whose logits are not wanted passes, attention over what is
+    visible, and the scores of layers that route.
+    """
+    plan = make_plan(config)
+    pairs = tokens * (tokens + 1) // 2  # of a query and a token it sees
+    flops = 2 * tokens * _prompt_parameters(config)
+    for layer in plan.layers[: plan.exit_layer + 1]:
+        if layer.kind == "cross_attention":
+            continue  # it writes the memory, and only wanted rows go on
+        if layer.window is not None:
+            seen = pairs - _pairs_beyond(tokens, config.sliding_window)
+        elif layer.route == "D":
+            seen = pairs
+        else:
+            seen = pairs - _pairs_beyond(tokens, config.index_topk)
+        flops += 4 * seen * config.num_attention_heads * config.head_dim
+        if layer.route == "F":
+            flops += 2 * pairs * config.index_head_dim
+    return flops
+
+
+def _pairs_beyond(tokens: int, limit: int) -> int:
+    """Pairs of a query and a visible token that are more than `limit` tokens per query."""
+    rest = max(0, tokens - limit)
+    return rest * (rest + 1) // 2
+
+
+def _prompt_parameters(config: ModelConfig) -> int:
+    """Parameters of the matrix products that every prompt position passes."""
+    plan = make_plan(config)
+    kv = config.num_key_value_heads * config.head_dim
+    total = 0
+    for name, shape in tensor_shapes(config).items():
+        if len(shape) == 1 or not name.startswith("model.layers."):
+            continue
+        layer = int(name.split(".")[2])
+        if layer <= plan.exit_layer and plan.layers[layer].kind != "cross_attention":
+            total += shape[0] * shape[1]
+    if any(layer.kind == "cross_attention" for layer in plan.layers):
+        shared = next(layer.memory for layer in plan.layers if layer.kind == "cross_attention")
+        assert shared is not None
+        total += config.hidden_size * (2 * kv + plan.memory_has_index[shared] * config.index_head_dim)
+    return total
+
+
+def op_bytes(op: str, config: ModelConfig, context: int, batch: int, itemsize: int) -> int:
+    """Bytes that one call of an op must move: what it reads, and what it returns where that is not negligible."""
+    c = config
+    kv_row = 2 * c.num_key_value_heads * c.head_dim * itemsize
+    q_and_o = 2 * batch * c.num_attention_heads * c.head_dim * itemsize
+    chosen = min(context, c.index_topk)
+    counted = {
+        "select": batch * (context * c.index_head_dim * itemsize + 8 * chosen),
+        "gather_attention": batch * chosen * (kv_row + 4) + q_and_o,
+        "dense_attention": batch * context * kv_row + q_and_o,
+        "sliding_attention": batch * min(context, c.sliding_window) * kv_row + q_and_o,
+        "linear": (c.hidden_size * c.intermediate_size + batch * (c.hidden_size + c.intermediate_size)) * itemsize,
+        "mlp": (3 * c.hidden_size * c.intermediate_size + 2 * batch * c.hidden_size) * itemsize,
+        "lm_head": (c.hidden_size * c.vocab_size + batch * (c.hidden_size + c.vocab_size)) * itemsize,
+        "sample": batch * c.vocab_size * 4,
+        "sample_top_p": batch * c.vocab_size * 4,
+    }
+    return counted[op]

@@ -1,0 +1,175 @@
+"""Decode steps and prefill, through the engine that users get."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clsa.batch import SequenceChunk, build_batch
+from clsa.bench.bench import Bench, Params
+from clsa.bench.engine import (
+    checked_step,
+    decoding_engine,
+    filled_state,
+    fitting_pages,
+    make_engine,
+    random_prompts,
+)
+from clsa.bench.floors import decode_bytes, prefill_flops
+from clsa.bench.peers import Peer
+from clsa.bench.report import Row
+from clsa.bench.timing import Times, time_blocking
+from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
+from clsa.errors import ClsaError
+from clsa.model import forward
+from clsa.ops import State
+from clsa.plan import make_plan
+from clsa.residency import num_pages
+
+STEP_ROOM = 256  # tokens that a sequence may grow by while its steps are timed
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTimes:
+    """One step of the engine, the model alone in it, and what was not as in real life."""
+
+    step: Times
+    forward: Times
+    note: str
+
+
+def time_decode(bench: Bench, config: ModelConfig, params: Params, context: int, batch: int) -> DecodeTimes:
+    """Time decode steps of `batch` sequences of `context` tokens, whose state is random.
+
+    First `model.forward` alone, on one step again and again; then steps of the engine, which schedules, samples,
+    reads back and makes text. Where the state does not fit, sequences share pages and the note says so.
+    """
+    ops, plan = bench.ops, make_plan(config)
+    each = num_pages(config.max_position_embeddings)
+    pages = fitting_pages(ops, config, bench.dtype, batch * each, batch)
+    note = "" if pages >= batch * each else f"sequences share pages: {pages:,} of {batch * each:,} fit"
+    states: list[State] = [filled_state(ops, config, bench.dtype, pages, batch)]
+    order = np.random.default_rng(4).permutation(pages)
+    tables = [order[(np.arange(each) + b * each) % pages].tolist() for b in range(batch)]
+    chunks = [SequenceChunk([b % 100], context, tables[b], b, "last") for b in range(batch)]
+    step = build_batch(ops, chunks, config.sliding_window)
+
+    def run(_: int) -> Any:
+        logits, state = forward(ops, params, plan, step, states.pop())
+        states.append(state)
+        return logits
+
+    alone = bench.stopwatch.time(run)
+    engine = decoding_engine(ops, params, config, bench.dtype, states.pop(), pages, [context] * batch)
+    for _ in range(3):
+        checked_step(engine)  # shapes are compiled, and one step is under way from here on
+
+    def one_step() -> None:
+        if len(checked_step(engine)) != batch:
+            raise ClsaError(f"a step did not bring one token to each of {batch} sequences")
+
+    return DecodeTimes(time_blocking(one_step, bench.settings.seconds), alone, note)
+
+
+def decode_row(bench: Bench, name: str, config: ModelConfig, params: Params, context: int, batch: int) -> Row:
+    """Time decode steps, beside the bytes they must move and the time that takes at least."""
+    bench.note(f"decode: {name}, {context:,} tokens, batch {batch}")
+    times = time_decode(bench, config, params, context, batch)
+    needed = decode_bytes(config, context, batch, bench.itemsize)
+    floor = needed.total / bench.ceilings.read
+    return {
+        "plan": name,
+        "context": context,
+        "batch": batch,
+        "step_seconds": times.step.median,
+        "step_spread": times.step.spread,
+        "steps": len(times.step.samples),
+        "tokens_per_second": batch / times.step.median,
+        "forward_seconds": times.forward.median,
+        "forward_clock": times.forward.clock,
+        "floor_bytes": needed.total,
+        "floor_seconds": floor,
+        "floor_share": floor / times.step.median,
+        "note": times.note,
+    }
+
+
+def peer_decode_row(bench: Bench, peer: Peer, context: int, batch: int) -> Row:
+    """The same of somebody else's dense model; without a time if it does not fit."""
+    bench.note(f"decode: {peer.name}, {context:,} tokens, batch {batch}")
+    row: Row = {"plan": peer.name, "context": context, "batch": batch}
+    try:
+        run = peer.decode(context, batch)
+    except MemoryError as error:
+        return row | {"step_seconds": None, "note": str(error)}
+    times = time_blocking(run, bench.settings.seconds)
+    return row | {
+        "step_seconds": times.median,
+        "step_spread": times.spread,
+        "steps": len(times.samples),
+        "tokens_per_second": batch / times.median,
+        "note": "",
+    }
+
+
+def prefill_row(bench: Bench, name: str, config: ModelConfig, params: Params, tokens: int, length: int) -> Row:
+    """Prefill `tokens` as prompts of `length` each, packed as the scheduler packs them, up to one new token each."""
+    count = max(1, tokens // length)
+    bench.note(f"prefill: {name}, {count} x {length:,} tokens")
+    slots = min(count, bench.settings.tokens_per_step)
+    wanted = count * num_pages(length + 1)
+    pages = fitting_pages(bench.ops, config, bench.dtype, wanted, slots)
+    row: Row = {"plan": name, "prompts": count, "prompt_tokens": length, "tokens": count * length}
+    if pages < num_pages(length + 1):
+        return row | {"seconds": None, "note": f"a prompt needs {num_pages(length + 1):,} pages, {pages:,} fit"}
+    step = bench.settings.tokens_per_step
+    engine = make_engine(bench.ops, params, config, bench.dtype, pages=pages, slots=slots, tokens_per_step=step)
+    seeds = iter(range(1 << 30))
+
+    def run(prompts: list[list[int]]) -> float:
+        requests = [engine.make_request(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]
+        start = time.perf_counter()
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            checked_step(engine)
+        return time.perf_counter() - start
+
+    warm = min(length, 2 * step)
+    run(random_prompts(min(count, -(-step // warm)), warm, next(seeds)))
+    samples = [run(random_prompts(count, length, next(seeds)))]
+    while sum(samples) < bench.settings.seconds and len(samples) < 20:
+        samples.append(run(random_prompts(count, length, next(seeds))))
+    times = Times(tuple(samples), "host clock, all prompts")
+    floor = count * prefill_flops(config, length) / bench.ceilings.matmul
+    return row | {
+        "seconds": times.median,
+        "spread": times.spread,
+        "runs": len(samples),
+        "tokens_per_second": count * length / times.median,
+        "floor_seconds": floor,
+        "floor_share": floor / times.median,
+        "note": "",
+    }
+
+
+def peer_prefill_row(bench: Bench, peer: Peer, tokens: int, length: int) -> Row:
+    """The same of somebody else's dense model."""
+    count = max(1, tokens // length)
+    bench.note(f"prefill: {peer.name}, {count} x {length:,} tokens")
+    row: Row = {"plan": peer.name, "prompts": count, "prompt_tokens": length, "tokens": count * length}
+    try:
+        run = peer.prefill(length, count)
+    except MemoryError as error:
+        return row | {"seconds": None, "note": str(error)}
+    times = time_blocking(run, 0.0, warm_up=0)  # whole prompts are long enough not to need more
+    per_second = count * length / times.median
+    return row | {"seconds": times.median, "spread": times.spread, "tokens_per_second": per_second, "note": ""}
+
+
+def page_room(context: int) -> int:
+    """The longest sequence while steps at `context` are timed, in whole pages."""
+    return num_pages(context + STEP_ROOM) * PAGE_SIZE
