@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from clsa.config import PAGE_SIZE
-from clsa.ops import Array, Ops, Queries, StepBatch
+from clsa.ops import Array, Ops, Queries, StepBatch, map_arrays
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,56 +26,70 @@ class SequenceChunk:
 
 
 def build_batch(ops: Ops, chunks: Sequence[SequenceChunk], window: int, tokens: Array | None = None) -> StepBatch:
-    """Pack chunks into one step.
+    """Pack chunks into one step, on the device.
 
     Args: `window` is the model's sliding window W (any number if it has none). `tokens` [T] int32 replaces
     the chunks' tokens where they are on the device already.
     """
-    lengths = [len(c.tokens) for c in chunks]
-    starts = np.array([c.start for c in chunks], np.int64)
+    batch = upload(ops, pack(chunks, window))
+    return batch if tokens is None else replace(batch, tokens=tokens)
+
+
+def pack(chunks: Sequence[SequenceChunk], window: int) -> StepBatch:
+    """Pack chunks into one step, in NumPy arrays."""
+    lengths = np.array([len(c.tokens) for c in chunks])
     cu_seqlens = (0, *np.cumsum(lengths).tolist())
     sequence = np.repeat(np.arange(len(chunks)), lengths)
     offsets = np.arange(cu_seqlens[-1]) - np.array(cu_seqlens)[sequence]  # of a token in its chunk
-    positions = starts[sequence] + offsets
-    table = _block_table(chunks, lengths)
-    slots = np.array([c.window_slot for c in chunks])
+    positions = np.array([c.start for c in chunks])[sequence] + offsets
+    table = _block_table(chunks)
+    slots = np.array([c.window_slot for c in chunks], np.int32)
     slot_mapping = table[sequence, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     ring = slots[sequence] * window + positions % window
-    is_kept = offsets >= np.array(lengths)[sequence] - window  # an older token would share a row with a newer one
-    ring_mapping = np.where(is_kept, ring, -1)
-
-    def int32(x: np.ndarray) -> Array:
-        return ops.asarray(x.astype(np.int32))
-
-    def queries(rows: np.ndarray) -> Queries:
-        counts = np.bincount(sequence[rows], minlength=len(chunks))
-        highest = [int(positions[end - 1]) + 1 for end in cu_seqlens[1:]]
-        return Queries(
-            int32(positions[rows]),
-            int32(sequence[rows]),
-            int32(table),
-            int32(slots),
-            (0, *np.cumsum(counts).tolist()),
-            tuple(highest),
-        )
-
-    every = np.arange(cu_seqlens[-1])
+    is_kept = offsets >= lengths[sequence] - window  # an older token would share a row with a newer one
+    queries = Queries(
+        positions.astype(np.int32),
+        sequence.astype(np.int32),
+        table,
+        slots,
+        cu_seqlens,
+        tuple(c.start + len(c.tokens) for c in chunks),
+    )
     wanted = _wanted_rows(chunks, cu_seqlens)
-    all_wanted = len(wanted) == len(every)
+    all_wanted = len(wanted) == cu_seqlens[-1]
     return StepBatch(
-        tokens=int32(np.concatenate([np.asarray(c.tokens) for c in chunks])) if tokens is None else tokens,
-        queries=queries(every),
-        slot_mapping=int32(slot_mapping),
-        ring_mapping=int32(ring_mapping),
-        logits_rows=None if all_wanted else int32(wanted),
-        logits_queries=None if all_wanted else queries(wanted),
+        tokens=np.concatenate([np.asarray(c.tokens, np.int32) for c in chunks]),
+        queries=queries,
+        slot_mapping=slot_mapping.astype(np.int32),
+        ring_mapping=np.where(is_kept, ring, -1).astype(np.int32),
+        logits_rows=None if all_wanted else wanted,
+        logits_queries=None if all_wanted else _subset(queries, wanted),
     )
 
 
-def _block_table(chunks: Sequence[SequenceChunk], lengths: Sequence[int]) -> np.ndarray:
-    """Page ids [B, M], -1 beyond the pages that the chunk's last position needs."""
-    needed = [-(-(c.start + n) // PAGE_SIZE) for c, n in zip(chunks, lengths, strict=True)]
-    table = np.full((len(chunks), max(needed)), -1, np.int64)
+def upload(ops: Ops, value: Value) -> Value:
+    """A value (dataclasses of NumPy arrays) with its arrays on the device, each of them moved once."""
+    arrays: dict[int, np.ndarray] = {}
+    map_arrays(value, lambda x: arrays.setdefault(id(x), x))
+    moved = dict(zip(arrays, ops.asarrays(list(arrays.values())), strict=True))
+    result: Value = map_arrays(value, lambda x: moved[id(x)])
+    return result
+
+
+def _subset(queries: Queries, rows: np.ndarray) -> Queries:
+    counts = np.bincount(queries.sequence[rows], minlength=len(queries.context_lens))
+    return replace(
+        queries,
+        positions=queries.positions[rows],
+        sequence=queries.sequence[rows],
+        cu_seqlens=(0, *np.cumsum(counts).tolist()),
+    )
+
+
+def _block_table(chunks: Sequence[SequenceChunk]) -> np.ndarray:
+    """Page ids [B, M] int32, -1 beyond the pages that the chunk's last position needs."""
+    needed = [-(-(c.start + len(c.tokens)) // PAGE_SIZE) for c in chunks]
+    table = np.full((len(chunks), max(needed)), -1, np.int32)
     for b, (chunk, count) in enumerate(zip(chunks, needed, strict=True)):
         table[b, :count] = chunk.pages[:count]
     return table
@@ -84,4 +100,4 @@ def _wanted_rows(chunks: Sequence[SequenceChunk], cu_seqlens: tuple[int, ...]) -
     for chunk, start, stop in zip(chunks, cu_seqlens, cu_seqlens[1:], strict=False):
         first = {"none": stop, "last": stop - 1, "all": start}[chunk.logits]
         rows.extend(range(first, stop))
-    return np.array(rows, np.int64)
+    return np.array(rows, np.int32)

@@ -7,18 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
-from clsa.config import EngineConfig, SamplingParams
+from clsa.config import PAGE_SIZE, EngineConfig, SamplingParams
 from clsa.errors import ClsaError, RequestError
 from clsa.model import Params
 from clsa.ops import Ops, Sampled
 from clsa.outputs import Delta, TokenLogprob
 from clsa.plan import Plan
+from clsa.prefix_state import PrefixState, find, make_room, publish
 from clsa.request import Request, State
-from clsa.runner import Runner, StepFailed
+from clsa.residency import num_pages
+from clsa.runner import Launched, Runner, StepFailed
 from clsa.scheduler import Scheduler, StepPlan
 from clsa.sizing import Sizes
 from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +61,10 @@ class Engine:
         self.sizes = sizes
         self._plan, self._tokenizer, self._config = plan, tokenizer, config
         self.scheduler = self._new_scheduler()
-        self._runner = Runner(ops, params, plan, dtype, sizes.num_pages, sizes.num_slots + sizes.num_snapshots)
+        num_slots, max_pages = sizes.num_slots + sizes.num_snapshots, num_pages(sizes.max_model_len)
+        self._runner = Runner(ops, params, plan, dtype, sizes.num_pages, num_slots, max_pages)
         self._answers: dict[str, _Answer] = {}
-        self._in_flight: tuple[StepPlan, Sampled | None] | None = None
+        self._in_flight: tuple[StepPlan, Launched | None] | None = None
         self._outbox: list[Delta] = []
         self._ids = count()
 
@@ -115,6 +121,28 @@ class Engine:
                 self.scheduler.cancel(request.id)
             if self._in_flight is not None and not self._answers:
                 self._advance()
+
+    def read_prefix(self, tokens: Sequence[int], salt: str) -> PrefixState:
+        """The longest part of `tokens` that the prefix cache has, on the host; it may be empty."""
+        found = None
+        with self._all_or_restart():
+            residency = self.scheduler.residency
+            hit = find(residency, tokens, salt)
+            residency.pool.release(hit.pages)  # nothing runs in between
+            arrays = self._runner.read_prefix(hit.pages, 0 if hit.snapshot is None else hit.snapshot)
+            found = PrefixState(list(tokens[: hit.num_tokens]), arrays)
+        return _done(found)
+
+    def write_prefix(self, prefix: PrefixState, salt: str) -> None:
+        """Put a prefix into the prefix cache. Raises RequestError if there is no room."""
+        found = None
+        with self._all_or_restart():
+            residency = self.scheduler.residency
+            pages, slot = make_room(residency, len(prefix.tokens) // PAGE_SIZE)
+            self._runner.write_prefix(pages, 0 if slot is None else slot, prefix.arrays)
+            found = publish(residency, prefix.tokens, salt, pages, slot)
+        if not _done(found):
+            raise RequestError("what runs holds the prefix cache; try again when it has ended")
 
     def stats(self) -> dict[str, int]:
         """Counters, by name; they start again after a step that failed."""
@@ -176,9 +204,9 @@ class Engine:
         )
 
     # -- reports -------------------------------------------------------------------------------------------------
-    def _read(self, plan: StepPlan, sampled: Sampled | None) -> None:
+    def _read(self, plan: StepPlan, launched: Launched | None) -> None:
         """Wait for a step, hand its samples to the scheduler, report them."""
-        read = None if sampled is None else self._runner.read(sampled)
+        read = None if launched is None else self._runner.read(launched)
         tokens: list[int] = [] if read is None else read.tokens.tolist()
         samples = [token if token >= 0 else ClsaError("the model's logits are not finite") for token in tokens]
         changed = {request.id for request in self.scheduler.complete(plan, samples)}
@@ -209,6 +237,12 @@ class Engine:
         if not stopped:
             return Delta(request, None, text + answer.matcher.flush(), None, request.finish_reason)
         return Delta(request, None, text, None, "stop" if request.finish_reason == "length" else request.finish_reason)
+
+
+def _done(result: T | None) -> T:
+    if result is None:
+        raise ClsaError("the device failed while state was moved, and the engine started over; try again")
+    return result
 
 
 def _logprob(request: Request, read: Sampled | None, row: int) -> TokenLogprob | None:

@@ -22,8 +22,8 @@ Rules that hold for every op of every backend:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,7 +102,7 @@ class Queries:
     block_table: Array  # [B, M] int32 page ids, -1 beyond the sequence's pages
     window_slots: Array  # [B] int32
     cu_seqlens: tuple[int, ...]  # host, B + 1 entries
-    context_lens: tuple[int, ...]  # host, per sequence: highest query position + 1
+    context_lens: tuple[int, ...]  # host, per sequence: highest query position + 1, or a bound above it
 
     @property
     def one_each(self) -> bool:
@@ -158,6 +158,33 @@ class Sampled:
     top_logprobs: Array | None  # [R, n] float32
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Everything one step needs besides weights and state. On the host all arrays are NumPy's.
+
+    A token that the step before has sampled is not on the host yet. The two sources tell where each token comes
+    from: an index below the number of entries is the entry itself, an index beyond is a row of that sample.
+    """
+
+    batch: StepBatch
+    sampling: SamplingBatch | None  # None where no logits are wanted
+    token_source: Array | None  # [T] int32, into tokens and then the sample; None if all are known
+    penalty_source: Array | None  # [R * n] int32, likewise for sampling.penalty_tokens
+
+
+Compute = Callable[[StepInputs, Array | None, State], tuple[Sampled | None, State]]
+# (inputs, tokens [n] int32 of the sample before, state) -> sample, new state
+
+
+def map_arrays(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value with `change` applied to every NumPy array in it; dataclasses are walked, anything else is kept."""
+    if isinstance(value, np.ndarray):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: map_arrays(getattr(value, f.name), change) for f in fields(value)})
+    return value
+
+
 class Ops(Protocol):
     """What the model needs of an array library. A module with these functions is an `Ops`."""
 
@@ -175,6 +202,14 @@ class Ops(Protocol):
 
         `linear` and `embed` take the result in place of an array of `dtype`; they compute with w = scale * q + bias.
         """
+        ...
+
+    def asarrays(self, arrays: Sequence[np.ndarray]) -> list[Array]:
+        """`asarray` of the many small arrays of a step, in as few transfers as the backend can."""
+        ...
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[np.ndarray]]:
+        """Start copying to the host; calling the result waits for these arrays and for nothing started later."""
         ...
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -203,6 +238,15 @@ class Ops(Protocol):
 
     def memory_stats(self) -> dict[str, int]:
         """Bytes on the device: `total`, `free` (what may still be allocated), `peak` (since the process began)."""
+        ...
+
+    def record(self, compute: Compute) -> Compute | None:
+        """A way to repeat a decode step faster than by calling `compute`, or None if this backend has none.
+
+        `compute` takes a StepInputs of device arrays. What is returned takes one of host arrays, in which every
+        sequence asks with one token, rows may be padded and `context_lens` are bounds; it gives the same result.
+        What it samples may be overwritten by its next call, unless `fetch` was called before that.
+        """
         ...
 
     # -- the model's plain functions -----------------------------------------------------------------------

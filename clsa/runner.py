@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clsa.batch import SequenceChunk, build_batch
+from clsa.batch import upload
 from clsa.config import PAGE_SIZE
 from clsa.model import Params, forward, new_state
-from clsa.ops import Array, Ops, Sampled, State
+from clsa.ops import Array, Ops, Sampled, State, StepInputs
 from clsa.plan import Plan
-from clsa.sampling import SamplingRow, build_sampling
-from clsa.scheduler import Chunk, StepPlan
+from clsa.prefix_state import read_rows, write_rows
+from clsa.sampling import resolve
+from clsa.scheduler import StepPlan
+from clsa.step import pad_decode, step_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -23,50 +26,90 @@ class StepFailed(Exception):
     """The array library gave up in the middle of a step; nothing that was on the device may be trusted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step under way: its samples on the device, and how to wait for them. Padded rows come last."""
+
+    tokens: Array  # [n] int32
+    wait: Callable[[], list[np.ndarray]]
+    num_rows: int
+
+
 class Runner:
     """Owns the state on the device and runs one step at a time; only `read` waits for the device.
 
     Both methods raise StepFailed, in one sentence, for whatever goes wrong in the array library. `reset` must follow.
     """
 
-    def __init__(self, ops: Ops, params: Params, plan: Plan, dtype: str, num_pages: int, num_slots: int) -> None:
+    def __init__(
+        self, ops: Ops, params: Params, plan: Plan, dtype: str, num_pages: int, num_slots: int, max_pages: int
+    ) -> None:
+        """`max_pages` is the longest page table that a sequence can have."""
         self._ops, self._params, self._plan = ops, params, plan
         self._dtype, self._num_rows, self._num_slots = dtype, num_pages * PAGE_SIZE, num_slots
+        self._max_pages = max_pages
         self._state: State | None = self._new_state()
+        self._recorded = ops.record(self._compute)
 
-    def launch(self, step: StepPlan, previous: Sampled | None) -> Sampled | None:
+    def launch(self, step: StepPlan, previous: Launched | None) -> Launched | None:
         """Start a step. `previous` is what the step before returned. None if no chunk wanted logits."""
         with _device_work():
             return self._launch(step, previous)
 
-    def read(self, sampled: Sampled) -> Sampled:
-        """The same on the host, in NumPy arrays."""
-        optional = (sampled.logprobs, sampled.top_tokens, sampled.top_logprobs)
+    def read(self, launched: Launched) -> Sampled:
+        """The samples of a step on the host, in NumPy arrays. Waits for that step and for none after it."""
         with _device_work():
-            to_numpy = self._ops.to_numpy
-            return Sampled(to_numpy(sampled.tokens), *(None if x is None else to_numpy(x) for x in optional))
+            arrays = [x[: launched.num_rows] for x in launched.wait()]
+        return Sampled(*arrays, *[None] * (4 - len(arrays)))
+
+    def read_prefix(self, pages: Sequence[int], slot: int) -> dict[str, np.ndarray]:
+        """See `read_rows`; what steps under way write is waited for."""
+        with _device_work():
+            return read_rows(self._ops, self._new_state() if self._state is None else self._state, pages, slot)
+
+    def write_prefix(self, pages: Sequence[int], slot: int, arrays: dict[str, np.ndarray]) -> None:
+        """See `write_rows`."""
+        with _device_work():
+            state = self._new_state() if self._state is None else self._state
+            self._state = write_rows(self._ops, state, self._dtype, pages, slot, arrays)
+            self._ops.evaluate(self._state)
 
     def reset(self) -> None:
         """Forget all state; the next step begins with an empty one."""
         self._state = None  # before anything new is allocated: there may be no room for both
+        self._recorded = self._ops.record(self._compute)
 
-    def _launch(self, step: StepPlan, previous: Sampled | None) -> Sampled | None:
+    def _launch(self, step: StepPlan, previous: Launched | None) -> Launched | None:
         ops = self._ops
         state = self._new_state() if self._state is None else self._state
         self._state = state = self._copy_windows(state, step.restores)
+        inputs = step_inputs(step, self._plan.config.sliding_window)
         before = None if previous is None else previous.tokens
-        chunks = [_sequence_chunk(chunk) for chunk in step.chunks]
-        window = self._plan.config.sliding_window
-        batch = build_batch(ops, chunks, window, _pending_tokens(ops, step.chunks, chunks, before))
-        logits, state = forward(ops, self._params, self._plan, batch, state)
-        sampled = None
-        if logits is not None:
-            rows = [_sampling_row(chunk) for chunk in step.chunks if chunk.wants_logits]
-            sampled = ops.sample(logits, build_sampling(ops, rows, before))
+        if self._recorded is not None and _is_decode(inputs):
+            sampled, state = self._recorded(pad_decode(inputs, self._max_pages), before, state)
+        else:
+            sampled, state = self._compute(upload(ops, inputs), before, state)
         # The old state goes before the new one is computed, so that a lazy backend writes in place.
         self._state = state = self._copy_windows(state, step.snapshots)
         ops.evaluate(sampled, state)
-        return sampled
+        if sampled is None:
+            return None
+        arrays = [sampled.tokens, sampled.logprobs, sampled.top_tokens, sampled.top_logprobs]
+        num_rows = sum(chunk.wants_logits for chunk in step.chunks)
+        return Launched(sampled.tokens, ops.fetch([x for x in arrays if x is not None]), num_rows)
+
+    def _compute(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Sampled | None, State]:
+        """One step on the device, from tokens to samples."""
+        ops, batch = self._ops, inputs.batch
+        batch = replace(batch, tokens=resolve(ops, batch.tokens, inputs.token_source, previous))
+        logits, state = forward(ops, self._params, self._plan, batch, state)
+        if logits is None or inputs.sampling is None:
+            return None, state
+        sampling = inputs.sampling
+        if sampling.penalty_tokens is not None:
+            seen = resolve(ops, sampling.penalty_tokens, inputs.penalty_source, previous)
+            sampling = replace(sampling, penalty_tokens=seen)
+        return ops.sample(logits, sampling), state
 
     def _new_state(self) -> State:
         return new_state(self._ops, self._plan, self._num_rows, self._num_slots, self._dtype)
@@ -79,6 +122,10 @@ class Runner:
         return State(state.memories, windows)
 
 
+def _is_decode(inputs: StepInputs) -> bool:
+    return inputs.batch.queries.one_each and inputs.batch.logits_rows is None and inputs.sampling is not None
+
+
 @contextmanager
 def _device_work() -> Iterator[None]:
     try:
@@ -86,32 +133,3 @@ def _device_work() -> Iterator[None]:
     except Exception as error:
         _log.debug("a step failed", exc_info=True)
         raise StepFailed(f"the step failed: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
-
-
-def _sequence_chunk(chunk: Chunk) -> SequenceChunk:
-    request = chunk.request
-    tokens = [0] if chunk.pending is not None else request.tokens[chunk.start : chunk.stop]
-    return SequenceChunk(
-        tokens, chunk.start, request.pages, request.window_slot, "last" if chunk.wants_logits else "none"
-    )
-
-
-def _sampling_row(chunk: Chunk) -> SamplingRow:
-    return SamplingRow(chunk.request.params, chunk.stop, chunk.request.tokens, chunk.pending)
-
-
-def _pending_tokens(
-    ops: Ops, chunks: Iterable[Chunk], specs: Sequence[SequenceChunk], previous: Array | None
-) -> Array | None:
-    """The step's tokens where some of them are still on the device: [T] int32, or None if all are known."""
-    pending = [chunk.pending for chunk in chunks]
-    if previous is None or all(row is None for row in pending):
-        return None
-    known = np.concatenate([np.asarray(spec.tokens, np.int32) for spec in specs])
-    source = np.arange(len(known), dtype=np.int32)
-    first = 0
-    for spec, row in zip(specs, pending, strict=True):
-        if row is not None:
-            source[first] = len(known) + row
-        first += len(spec.tokens)
-    return ops.take(ops.concat([ops.asarray(known), previous]), ops.asarray(source))

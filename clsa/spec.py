@@ -8,7 +8,7 @@ is float64. The letters in shapes are those of `clsa.ops`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from typing import cast as typing_cast
 
@@ -18,7 +18,19 @@ import numpy as np
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Array, Device, Memory, Ops, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import (
+    Array,
+    Compute,
+    Device,
+    Memory,
+    Ops,
+    QuantizedWeight,
+    Queries,
+    Sampled,
+    SamplingBatch,
+    Selection,
+    Window,
+)
 from clsa.quantization import dequantize
 
 name = "numpy"
@@ -46,6 +58,18 @@ def asarray(x: np.ndarray, dtype: str | None = None) -> Array:
 def quantized_weight(host: QuantizedWeight, dtype: str) -> Array:
     scales, biases = asarray(host.scales, dtype), asarray(host.biases, dtype)
     return dequantize(QuantizedWeight(host.packed, scales, biases, host.group_size, host.bits))
+
+
+def asarrays(arrays: Sequence[np.ndarray]) -> list[Array]:
+    return [asarray(x) for x in arrays]
+
+
+def fetch(arrays: Sequence[Array]) -> Callable[[], list[np.ndarray]]:
+    return lambda: [to_numpy(x) for x in arrays]
+
+
+def record(compute: Compute) -> Compute | None:
+    return None
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -7,13 +7,13 @@ It imports nothing of clsa but the protocol's values. Its array has exactly what
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from clsa.ops import Device, Memory, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Compute, Device, Memory, Queries, Sampled, SamplingBatch, Selection, Window
 
 PAGE = 64
 name = "toy"
@@ -40,6 +40,18 @@ class Box:
 def asarray(x: np.ndarray, dtype: str | None = None) -> Box:
     is_number = x.dtype.kind in "iub" and dtype is None
     return Box(np.array(x) if is_number else np.array(x, np.int32 if dtype == "int32" else np.float32))
+
+
+def asarrays(arrays: Sequence[np.ndarray]) -> list[Box]:
+    return [asarray(x) for x in arrays]
+
+
+def fetch(arrays: Sequence[Box]) -> Callable[[], list[np.ndarray]]:
+    return lambda: [to_numpy(x) for x in arrays]
+
+
+def record(compute: Compute) -> Compute | None:
+    return None
 
 
 def to_numpy(x: Box) -> np.ndarray:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clsa.batch import upload
 from clsa.config import SamplingParams
-from clsa.ops import Ops, Sampled
+from clsa.ops import Compute, Ops, Sampled, State, StepInputs
 from clsa.params import nest
 from clsa.plan import make_plan
 from clsa.request import Request
-from clsa.runner import Runner, StepFailed
+from clsa.runner import Launched, Runner, StepFailed
 from clsa.scheduler import Chunk, StepPlan
 from tests.engine import models
 from tests.engine.models import CONFIG, Failing, on_backends, open_ops
@@ -28,7 +29,7 @@ class Device:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
         weights = nest({name: ops.asarray(w, "float32") for name, w in models.params(CONFIG).items()})
-        self.runner = Runner(ops, weights, make_plan(CONFIG), "float32", num_pages=8, num_slots=6)
+        self.runner = Runner(ops, weights, make_plan(CONFIG), "float32", num_pages=8, num_slots=6, max_pages=2)
         self.requests = [Request(str(i), list(prompt), PARAMS) for i, prompt in enumerate(PROMPTS)]
         for i, request in enumerate(self.requests):
             request.pages, request.window_slot = [2 * i + 1, 2 * i], i
@@ -45,9 +46,29 @@ class Device:
         for i, token in zip(rows, sampled.tokens.tolist()):
             self.requests[i].tokens.append(token)
 
-    def read(self, sampled: Sampled | None) -> Sampled:
-        assert sampled is not None
-        return self.runner.read(sampled)
+    def read(self, launched: Launched | None) -> Sampled:
+        assert launched is not None
+        return self.runner.read(launched)
+
+
+class Padding:
+    """Ops that record decode steps, by running what a recorder would record: the padded step, poison behind it."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def record(self, compute: Compute) -> Compute:
+        def recorded(inputs: StepInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
+            self.shapes.append(inputs.batch.queries.block_table.shape)
+            if previous is None:
+                previous = self._ops.asarray(np.full(8, 1 << 20, np.int32))
+            return compute(upload(self._ops, inputs), previous, state)
+
+        return recorded
 
 
 def assert_close(got: Any, wanted: Any) -> None:
@@ -58,14 +79,20 @@ def plan(*chunks: Chunk, restores: Any = (), snapshots: Any = ()) -> StepPlan:
     return StepPlan(chunks, restores, snapshots, sum(chunk.stop - chunk.start for chunk in chunks))
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @on_backends
-def test_tokens_that_are_still_on_the_device(backend: str) -> None:
-    """Steps launched before the one before is read give what they give one by one, penalties included."""
-    ahead, one_by_one = Device(open_ops(backend)), Device(open_ops(backend))
+def test_tokens_that_are_still_on_the_device(backend: str, padded: bool) -> None:
+    """Steps launched before the one before is read give what they give one by one, penalties included.
+
+    Also in the shapes that a backend gets which records its steps.
+    """
+    padding = Padding(open_ops(backend))
+    ahead = Device(padding if padded else open_ops(backend))  # type: ignore[arg-type]  # Padding delegates
+    one_by_one = Device(open_ops(backend))
     order = [(0, 1, 2), (1, 2, 0), (1, 2, 0), (1, 2, 0)]  # requests by row
     pending = [(None, None, None), (0, 1, 2), (2, 0, 1), (2, 0, 1)]  # rows by request
     results: list[Sampled] = []
-    before: Sampled | None = None
+    before: Launched | None = None
     for step in range(4):
         launched = ahead.runner.launch(ahead.decode(step - 1, pending[step]) if step else ahead.prefill(), before)
         if before is not None:
@@ -81,6 +108,7 @@ def test_tokens_that_are_still_on_the_device(backend: str) -> None:
         assert_close(result.logprobs, results[step].logprobs)
         assert result.top_tokens is not None and result.top_tokens.shape == (3, 2)
         one_by_one.append(rows, result)
+    assert padding.shapes == ([(4, 2)] * 3 if padded else [])
 
 
 @on_backends
@@ -128,12 +156,16 @@ def test_failures_are_one_sentence_and_reset_begins_anew(backend: str) -> None:
         device.runner.launch(device.prefill(), None)
     device.runner.reset()
     sampled = device.runner.launch(device.prefill(), None)
-    ops.fail("to_numpy", 1, MemoryError())
+    assert sampled is not None
     with pytest.raises(StepFailed, match=r"^the step failed: MemoryError:$"):
-        device.read(sampled)
+        device.read(replace(sampled, wait=_out_of_memory))
     device.runner.reset()
     got = device.read(device.runner.launch(device.prefill(), None))
     assert got.tokens.tolist() == wanted.tokens.tolist()
     ops.fail("embed", 1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         device.runner.launch(device.prefill(), None)
+
+
+def _out_of_memory() -> Any:
+    raise MemoryError

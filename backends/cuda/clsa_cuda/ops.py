@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Memory, QuantizedWeight, Window
+from clsa.ops import Compute, Memory, QuantizedWeight, Window
 from clsa_cuda import plain, state
 from clsa_cuda.dense_attention import dense_attention
 from clsa_cuda.gather_attention import gather_attention
+from clsa_cuda.recorder import Recorder
 from clsa_cuda.sample import sample
 from clsa_cuda.select import select, take_selection
 from clsa_cuda.sliding_attention import sliding_attention
+from clsa_cuda.transfer import Layout, start_fetch
 
 _PINNED_BYTES = 1 << 16  # a step's integers; the few large arrays (weights) are not worth page-locking
 
@@ -58,6 +61,20 @@ class TorchOps:
         scales, biases = self.asarray(host.scales, dtype), self.asarray(host.biases, dtype)
         packed = self.asarray(np.ascontiguousarray(host.packed).view(np.uint8))
         return plain.dequantize(QuantizedWeight(packed, scales, biases, host.group_size, host.bits))
+
+    def asarrays(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        if self._device.type == "cpu":
+            return [self.asarray(x) for x in arrays]
+        layout = Layout(arrays)
+        return layout.views(layout.pack(arrays).to(self._device, non_blocking=True))
+
+    def fetch(self, arrays: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
+        if self._device.type == "cpu":
+            return lambda: [self.to_numpy(x) for x in arrays]
+        return start_fetch(arrays)
+
+    def record(self, compute: Compute) -> Compute | None:
+        return None if self._device.type == "cpu" else Recorder(compute, self._device)
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach()

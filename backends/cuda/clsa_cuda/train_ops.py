@@ -7,6 +7,7 @@ look at it as [B, T]. There is no paged state: a memory is this batch's own k, v
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa.errors import BackendError
-from clsa.ops import Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Compute, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
 from clsa_cuda import plain
 
 
@@ -153,6 +154,15 @@ class TrainOps:
 
     def evaluate(self, *values: Any) -> None:
         pass
+
+    def asarrays(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        return [self.asarray(x) for x in arrays]
+
+    def fetch(self, arrays: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
+        return lambda: [self.to_numpy(x) for x in arrays]
+
+    def record(self, compute: Compute) -> Compute | None:
+        return None
 
     def memory_stats(self) -> dict[str, int]:
         _not_in_training("memory_stats")

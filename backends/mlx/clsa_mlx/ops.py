@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,9 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import QuantizedWeight, Weight
+from clsa.ops import Compute, QuantizedWeight, Weight
+from clsa_mlx import kernels
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import fused, on_gpu
+from clsa_mlx.kernels.rope import rope as launch_rope
 from clsa_mlx.quantized import quantized_linear, quantized_rows
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
@@ -38,6 +40,19 @@ def asarray(x: np.ndarray, dtype: str | None = None) -> mx.array:
 def quantized_weight(host: QuantizedWeight, dtype: str) -> QuantizedWeight:
     scales, biases = asarray(host.scales, dtype), asarray(host.biases, dtype)
     return QuantizedWeight(asarray(host.packed), scales, biases, host.group_size, host.bits)
+
+
+def asarrays(arrays: Sequence[np.ndarray]) -> list[mx.array]:
+    return [asarray(x) for x in arrays]
+
+
+def fetch(arrays: Sequence[mx.array]) -> Callable[[], list[np.ndarray]]:
+    mx.async_eval(*arrays)
+    return lambda: [to_numpy(x) for x in arrays]
+
+
+def record(compute: Compute) -> Compute | None:
+    return None
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
@@ -109,6 +124,8 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
     # mx.fast.rope would take the positions as offsets, but its kernel uses fast sines, which drift at large angles.
     half = x.shape[-1] // 2
+    if kernels.enabled:
+        return launch_rope(x, positions, _frequencies(half, theta))
     angles = positions.astype(mx.float32)[:, None, None] * _frequencies(half, theta)  # [T, 1, D / 2]
     cos, sin = mx.cos(angles), mx.sin(angles)
     first, second = x[..., :half], x[..., half:]  # float32 below: the angles are

@@ -1,0 +1,118 @@
+"""A step plan of the scheduler as the inputs of one step, in NumPy arrays; and decode steps in repeating shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from clsa.batch import SequenceChunk, pack
+from clsa.config import PAGE_SIZE
+from clsa.ops import SamplingBatch, StepBatch, StepInputs
+from clsa.sampling import SamplingRow, pack_sampling
+from clsa.scheduler import Chunk, StepPlan
+
+
+def step_inputs(step: StepPlan, window: int) -> StepInputs:
+    """Args: `window` is the model's sliding window W (any number if it has none)."""
+    batch = pack([_sequence_chunk(chunk) for chunk in step.chunks], window)
+    rows = [
+        SamplingRow(chunk.request.params, chunk.stop, chunk.request.tokens, chunk.pending)
+        for chunk in step.chunks
+        if chunk.wants_logits
+    ]
+    sampling, penalty_source = pack_sampling(rows) if rows else (None, None)
+    return StepInputs(batch, sampling, _token_source(step, batch), penalty_source)
+
+
+def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
+    """The same decode step with rows and page tables padded to powers of two, so that few shapes occur.
+
+    A padded row stands at position -1, sees nothing and writes nothing. `max_pages` bounds the page tables.
+    """
+    batch, queries = inputs.batch, inputs.batch.queries
+    num_rows, num_pages = queries.block_table.shape
+    rows = _power_of_two(num_rows)
+    pages = min(_power_of_two(num_pages), max_pages)
+    table = np.full((rows, pages), -1, np.int32)
+    table[:num_rows, :num_pages] = queries.block_table
+    padded = replace(
+        queries,
+        positions=_pad(queries.positions, rows, -1),
+        sequence=np.arange(rows, dtype=np.int32),
+        block_table=table,
+        window_slots=_pad(queries.window_slots, rows, 0),
+        cu_seqlens=tuple(range(rows + 1)),
+        context_lens=(pages * PAGE_SIZE,) * rows,
+    )
+    source = inputs.token_source
+    tokens = np.arange(rows, dtype=np.int32)
+    if source is not None:  # what came after the tokens now comes after the padded ones
+        tokens[:num_rows] = np.where(source < num_rows, source, source + rows - num_rows)
+    sampling, penalty_source = _pad_sampling(inputs, rows)
+    return StepInputs(
+        replace(
+            batch,
+            tokens=_pad(batch.tokens, rows, 0),
+            queries=padded,
+            slot_mapping=_pad(batch.slot_mapping, rows, -1),
+            ring_mapping=_pad(batch.ring_mapping, rows, -1),
+        ),
+        sampling,
+        tokens,
+        penalty_source,
+    )
+
+
+def _pad_sampling(inputs: StepInputs, rows: int) -> tuple[SamplingBatch | None, np.ndarray | None]:
+    sampling, source = inputs.sampling, inputs.penalty_source
+    if sampling is None:
+        return None, None
+    penalty_tokens = sampling.penalty_tokens
+    if penalty_tokens is not None and source is not None:
+        added = (rows - len(penalty_tokens)) * penalty_tokens.shape[1]
+        size = penalty_tokens.size
+        source = np.where(source < size, source, source + added)
+        source = np.concatenate([source, np.arange(size, size + added)]).astype(np.int32)
+        penalty_tokens = _pad(penalty_tokens, rows, -1)
+    padded = replace(
+        sampling,
+        temperature=_pad(sampling.temperature, rows, 0),
+        top_k=_pad(sampling.top_k, rows, 0),
+        top_p=_pad(sampling.top_p, rows, 1),
+        min_p=_pad(sampling.min_p, rows, 0),
+        repetition_penalty=_pad(sampling.repetition_penalty, rows, 1),
+        seed=_pad(sampling.seed, rows, 0),
+        positions=_pad(sampling.positions, rows, 0),
+        penalty_tokens=penalty_tokens,
+    )
+    return padded, source
+
+
+def _pad(x: np.ndarray, rows: int, value: int) -> np.ndarray:
+    padded = np.full((rows, *x.shape[1:]), value, x.dtype)
+    padded[: len(x)] = x
+    return padded
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _sequence_chunk(chunk: Chunk) -> SequenceChunk:
+    request = chunk.request
+    tokens = [0] if chunk.pending is not None else request.tokens[chunk.start : chunk.stop]
+    return SequenceChunk(
+        tokens, chunk.start, request.pages, request.window_slot, "last" if chunk.wants_logits else "none"
+    )
+
+
+def _token_source(step: StepPlan, batch: StepBatch) -> np.ndarray | None:
+    """Where each token comes from; None if all are known."""
+    if all(chunk.pending is None for chunk in step.chunks):
+        return None
+    source = np.arange(len(batch.tokens), dtype=np.int32)
+    for first, chunk in zip(batch.queries.cu_seqlens, step.chunks, strict=False):
+        if chunk.pending is not None:
+            source[first] = len(source) + chunk.pending
+    return source
