@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from clsa.config import ModelConfig
 from clsa.errors import BackendError
 from clsa.ops import Device
 
 if TYPE_CHECKING:
+    from clsa_cuda.bench_peers import Transformers
     from clsa_cuda.ops import TorchOps
     from clsa_cuda.trainer import TorchTrainer
 
@@ -40,9 +43,15 @@ class CudaBackend:
             why = "; ".join(f"{d.name}: {d.reason}" for d in wanted)
             why = why or f"there is none of that name, only {', '.join(d.name for d in known)}"
             raise BackendError(f"backend 'cuda' cannot run on {device or 'any device'} here ({why})")
-        from clsa_cuda.ops import TorchOps
+        if usable[0].kind == "cpu":
+            from clsa_cuda.ops import TorchOps
 
-        return TorchOps(usable[0].name)
+            return TorchOps(usable[0].name)
+        if importlib.util.find_spec("triton") is None:
+            raise BackendError("backend 'cuda' needs triton on a GPU; pip install \"clsa[cuda]\" would help")
+        from clsa_cuda.kernels.ops import KernelOps
+
+        return KernelOps(usable[0].name)
 
     def open_trainer(self, device: str | None = None, dtype: str = "bfloat16") -> TorchTrainer:
         """A `clsa.train.trainer.Trainer` on "cuda", "cuda:N" or "cpu"; None takes the GPU if there is one."""
@@ -51,6 +60,18 @@ class CudaBackend:
         from clsa_cuda.trainer import open_trainer
 
         return open_trainer(device, dtype)
+
+    def bench_timer(self, ops: TorchOps) -> Callable[..., tuple[str, list[float]]] | None:
+        """For `clsa bench`: times work on a GPU by its own clock; None on the CPU."""
+        from clsa_cuda.bench_timer import device_timer
+
+        return device_timer(ops)
+
+    def bench_peers(self, config: ModelConfig, dtype: str, device: str | None) -> list[Transformers]:
+        """transformers' dense model of these sizes for `clsa bench`, if it is installed."""
+        from clsa_cuda.bench_peers import bench_peers
+
+        return bench_peers(config, dtype, device)
 
 
 def _why_no_torch() -> str | None:
