@@ -149,7 +149,9 @@ def test_patched_mlx_runs_kernels_with_mlx_arrays() -> None:
 
     original: Any = mx.fast.metal_kernel
     seen = []
-    with metal_on_cpu(order="reverse", watch=lambda kernel, outputs: seen.append((kernel.name, len(outputs)))):
+    with metal_on_cpu(
+        order="reverse", watch=lambda call, outputs: seen.append((call.source.kernel.name, len(outputs)))
+    ):
         assert mx.metal.is_available()
         metal_kernel: Any = mx.fast.metal_kernel
         body = "uint i = thread_position_in_grid.x; y[i] = T(float(x[i]) * s);"
@@ -166,5 +168,6 @@ def test_patched_mlx_runs_kernels_with_mlx_arrays() -> None:
             )
             assert y.dtype == dtype
             assert mx.array_equal(y, x * 2)
-    assert seen == [("scale", 1)] * 3
+    names = [f"custom_kernel_scale__{t}_{t}_floats_{t}" for t in ("float", "float16_t", "bfloat16_t")]
+    assert seen == [(name, 1) for name in names]
     assert mx.fast.metal_kernel is original

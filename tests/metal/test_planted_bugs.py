@@ -6,6 +6,7 @@ Every case states what the message must say, so that a bug is found for its own 
 from __future__ import annotations
 
 import dataclasses
+import platform
 import re
 from typing import Any
 
@@ -179,6 +180,13 @@ MISUSE = {
 def test_misuse(statement: str) -> None:
     body = f"threadgroup float a[32]; uint i = thread_position_in_grid.x;\n{statement}"
     fails(_one(Kernel("bad", [], ["y"], body)), np.ones(32), match=MISUSE[statement], timeout=0.2)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 traps a division by zero")
+def test_integer_division_by_zero() -> None:
+    body = "uint i = thread_position_in_grid.x;\ny[i] = float(7 / (int(i) - int(threads_per_grid.x) / 2));"
+    message = r"integer division by zero; threadgroup \(0, 0, 0\), thread \(16, 0, 0\), bad\.body:2"
+    fails(_one(Kernel("bad", [], ["y"], body)), np.ones(32), match=message)
 
 
 LIMITS: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,15 +11,15 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from tests.metal.harness.call import prepare
+from tests.metal.harness.call import Call, prepare
 from tests.metal.harness.launch import Order, Place, execute
 from tests.metal.harness.signature import Kernel
 
+Watch = Callable[[Call, list[np.ndarray]], None]
+
 
 @contextmanager
-def metal_on_cpu(
-    order: Order = "forward", place: Place = "end", watch: Callable[[Kernel, list[np.ndarray]], None] | None = None
-) -> Iterator[None]:
+def metal_on_cpu(order: Order = "forward", place: Place = "end", watch: Watch | None = None) -> Iterator[None]:
     """Run custom kernels in the harness, with `mx.array` in and out, while this is entered.
 
     Import or build the kernels inside: a module that keeps the result of `mx.fast.metal_kernel` keeps what it got.
@@ -27,7 +27,7 @@ def metal_on_cpu(
 
     Args:
         order, place: as for `execute`.
-        watch: called with each kernel and its outputs after it has run.
+        watch: called with each launch and its outputs, for example to check its types or to look for races.
     """
 
     def metal_kernel(
@@ -55,7 +55,7 @@ def metal_on_cpu(
 class _Callable:
     """What `mx.fast.metal_kernel` returns, with the parameters that MLX gives it."""
 
-    def __init__(self, kernel: Kernel, order: Order, place: Place, watch: Any) -> None:
+    def __init__(self, kernel: Kernel, order: Order, place: Place, watch: Watch | None) -> None:
         self._kernel, self._order, self._place, self._watch = kernel, order, place, watch
 
     def __call__(
@@ -87,7 +87,7 @@ class _Callable:
             print(call.source.text)
         outputs = execute(call, order=self._order, place=self._place)
         if self._watch is not None:
-            self._watch(self._kernel, outputs)
+            self._watch(call, outputs)
         return [to_mlx(output) for output in outputs]
 
 

@@ -62,9 +62,13 @@ def unavailable() -> str | None:
     return None if done.returncode == 2 else f"ThreadSanitizer does not start: {done.stderr.strip()[:200]}"
 
 
+@functools.cache
 def _fixed_addresses() -> list[str]:
-    # ThreadSanitizer gives up on some kernels' random addresses.
-    return ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    # ThreadSanitizer gives up on some systems' random addresses; a container may not let us fix them.
+    command = ["setarch", platform.machine(), "-R"]
+    if shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+        return command
+    return []
 
 
 def _explain(stderr: str) -> str:
