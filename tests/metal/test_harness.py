@@ -149,9 +149,7 @@ def test_patched_mlx_runs_kernels_with_mlx_arrays() -> None:
 
     original: Any = mx.fast.metal_kernel
     seen = []
-    with metal_on_cpu(
-        order="reverse", watch=lambda call, outputs: seen.append((call.source.kernel.name, len(outputs)))
-    ):
+    with metal_on_cpu(order="reverse", watch=lambda call, outputs: seen.append((call.source.function, len(outputs)))):
         assert mx.metal.is_available()
         metal_kernel: Any = mx.fast.metal_kernel
         body = "uint i = thread_position_in_grid.x; y[i] = T(float(x[i]) * s);"
