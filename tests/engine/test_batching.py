@@ -26,7 +26,7 @@ from clsa.outputs import RequestOutput
 from tests.engine.models import CONFIG, assert_all_returned, load, mixed_requests, on_backends, sampling
 
 REQUESTS = mixed_requests(200)
-FEW = 200 if os.environ.get("CLSA_ALL_REQUESTS") else 30
+FEW = 200 if os.environ.get("CLSA_ALL_REQUESTS") else 20
 Requests = Sequence[tuple[list[int], SamplingParams]]
 
 
@@ -122,8 +122,10 @@ def growing() -> tuple[Requests, list[RequestOutput]]:
     return requests, [llm.generate([prompt], [params])[0] for prompt, params in requests]
 
 
-@on_backends
-@pytest.mark.parametrize("cache", [0, 1 << 24])
+@pytest.mark.parametrize(
+    ("backend", "cache"),
+    [("numpy", 0), ("numpy", 1 << 24), ("cuda", 1 << 24), pytest.param("mlx", 1 << 24, marks=pytest.mark.mlx)],
+)
 def test_pre_emption(backend: str, cache: int) -> None:
     requests, wanted = growing()
     llm = load(backend, max_tokens_in_memory=512, max_tokens_per_step=128, prefix_cache_bytes=cache)
