@@ -129,7 +129,8 @@ class Engine:
             residency = self.scheduler.residency
             hit = find(residency, tokens, salt)
             residency.pool.release(hit.pages)  # nothing runs in between
-            arrays = self._runner.read_prefix(hit.pages, 0 if hit.snapshot is None else hit.snapshot)
+            slot = 0 if hit.snapshot is None else hit.snapshot
+            arrays = self._runner.read_prefix(hit.pages, slot) if hit.pages else {}
             found = PrefixState(list(tokens[: hit.num_tokens]), arrays)
         return _done(found)
 

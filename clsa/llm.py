@@ -8,17 +8,20 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import accumulate, compress
 from operator import and_
+from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 
 from clsa.backend import load_backend
+from clsa.cache_file import cache_metadata, read_cache, write_cache
 from clsa.checkpoint import Checkpoint, open_checkpoint
-from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams, check_float
+from clsa.config import DTYPES, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams, check_float
 from clsa.engine import Engine
-from clsa.errors import ConfigError, RequestError
+from clsa.errors import ClsaError, ConfigError, RequestError
 from clsa.hub import resolve
 from clsa.inspect_model import evaluate_logits, evaluate_selection
+from clsa.model_hash import ModelHash
 from clsa.ops import Ops
 from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect
 from clsa.plan import make_plan
@@ -86,6 +89,7 @@ class LLM:
         sizes = plan_sizes(ops, self._plan, dtype, engine)
         self._params = load_weights(ops, checkpoint, dtype)
         self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
+        self._hash = ModelHash(checkpoint)
         self._window = 2 * sizes.num_slots  # requests of one call inside the engine: those that run, and as many
         self._mail: dict[str, deque[Delta]] = {}
         self._turn = Turn("", [])
@@ -171,6 +175,38 @@ class LLM:
         request = self._request(turn.prompt, check_params(params), priority, salt, timeout)
         return collect(request, list(self._deltas(request, turn)))
 
+    def save_cache(self, path: str | Path, prompt: Prompt, *, salt: str = "") -> int:
+        """Write the state of a prompt's full pages to a safetensors file, computing it where it is not cached.
+
+        Returns the number of tokens. The file is bound to the model by a hash over its weights, which is computed once
+        (about a second per 2 GB and core). Raises RequestError if the prompt has no full page, the prefix cache cannot
+        hold it or the backend is "numpy", CheckpointError if the file cannot be written.
+        """
+        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        tokens = encode(prompt, self.tokenizer, self.config.vocab_size)
+        output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
+        if output.error is not None:
+            raise ClsaError(output.error)
+        prefix = self._engine.read_prefix(tokens, salt)
+        if not prefix.tokens or len(prefix.tokens) < len(tokens) // PAGE_SIZE * PAGE_SIZE:
+            raise RequestError(
+                f"the prefix cache holds {len(prefix.tokens)} tokens of this prompt of {len(tokens)}, and whole pages "
+                f"of {PAGE_SIZE} are saved; give a longer prompt, or enlarge prefix_cache_bytes or max_tokens_in_memory"
+            )
+        write_cache(Path(path), prefix, metadata)
+        return len(prefix.tokens)
+
+    def load_cache(self, path: str | Path, *, salt: str = "") -> int:
+        """Put the state that `save_cache` wrote into the prefix cache; the next prompt that begins alike takes it up.
+
+        Returns the number of tokens. Raises CheckpointError if the file is damaged or of another model, backend, dtype
+        or salt, RequestError if the prefix cache has no room for it.
+        """
+        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        prefix = read_cache(Path(path), self._plan, metadata, self._engine.sizes.max_model_len)
+        self._engine.write_prefix(prefix, salt)
+        return len(prefix.tokens)
+
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
         return evaluate_logits(
@@ -192,7 +228,7 @@ class LLM:
 
     def close(self) -> None:
         """Let go of weights and state; the object must not be used again."""
-        del self._engine, self._params
+        del self._engine, self._params, self._hash
 
     def _request(
         self, prompt: Prompt, params: SamplingParams, priority: int, salt: str, timeout: float | None

@@ -87,7 +87,7 @@ class PrefixCache:
         self.enabled = max_pages > 0 and (len(snapshot_slots) > 0 or not needs_snapshot)
         self.evictions = 0
         self._pool = pool
-        self._max_pages = max_pages
+        self.max_pages = max_pages
         self._num_snapshots = len(snapshot_slots)
         self._free_snapshots = list(reversed(snapshot_slots))
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
@@ -196,7 +196,7 @@ class PrefixCache:
         stale = self._entries.get(key)
         if stale is not None:  # its ancestors were discarded (or sha256 collided): nothing finds it any more
             self._remove(stale)
-        return len(self._entries) < self._max_pages or self.evict(1) == 1
+        return len(self._entries) < self.max_pages or self.evict(1) == 1
 
     def _add(self, chain: Chain, i: int, parent: _Entry | None, page: int) -> _Entry:
         entry = _Entry(chain.key(i), chain.page(i), chain.salt, parent, page)

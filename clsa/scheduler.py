@@ -194,6 +194,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def residency(self) -> Residency:
+        """Pages, slots and the prefix cache, for those who move a prefix in or out between two steps."""
+        return self._state
+
+    @property
     def has_work(self) -> bool:
         """Whether a request has not finished or a plan has not been completed."""
         return bool(self._requests or self._outstanding)

@@ -67,6 +67,14 @@ def read_entries(file: Path, where: Path) -> list[TensorEntry]:
     return entries
 
 
+def read_metadata(file: Path, where: Path) -> dict[str, str]:
+    """The texts under `__metadata__` of a safetensors file, empty if it has none. See `read_entries` for errors."""
+    metadata = _read_header(file, where)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{where} has __metadata__ {show(metadata)}, must be an object of texts")
+    return metadata
+
+
 def _read_header(file: Path, where: Path) -> tuple[dict[str, Any], int, int]:
     """The header, the byte at which the data begins, and the size of the file."""
     try:
