@@ -45,6 +45,7 @@ def chat(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    max_memory: options.MaxTokensInMemory = None,
 ) -> None:
     """Talk with a model; /help lists the commands. A pipe works too: one message per line, answers on stdout."""
     params = options.sampling(
@@ -58,7 +59,8 @@ def chat(
         stop=stop,
     )
     start = [] if system is None else [{"role": "system", "content": check_text(system)}]
-    with options.opened(model, backend, device, dtype, EngineConfig(max_num_seqs=1)) as llm:
+    engine = EngineConfig(max_num_seqs=1, max_tokens_in_memory=max_memory)
+    with options.opened(model, backend, device, dtype, engine) as llm:
         if not llm.tokenizer.has_chat_template:
             raise ClsaError(f"{model} has no chat template, so it cannot chat; use `clsa generate` instead")
         _Conversation(llm, params, start).run(interactive=sys.stdin.isatty())

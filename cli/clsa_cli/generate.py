@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from clsa import ClsaError, RequestError
+from clsa import RequestError
 from clsa.config import EngineConfig, SamplingParams
 from clsa_cli import options, output
 
@@ -46,6 +46,31 @@ def generate(
             rich_help_panel=_WORK,
         ),
     ] = None,
+    load_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start with the state of a prompt that --save-cache wrote; what begins alike is not computed again.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Then keep the state of the prompt in this safetensors file.", dir_okay=False, rich_help_panel=_WORK
+        ),
+    ] = None,
+    salt: Annotated[
+        str,
+        typer.Option(
+            help="Whose state this is: only prompts and cache files of the same salt share it.", rich_help_panel=_WORK
+        ),
+    ] = "",
+    ordered: Annotated[
+        bool,
+        typer.Option("--ordered", help="Results of --input in the order of the requests.", rich_help_panel=_WORK),
+    ] = False,
     max_tokens: options.MaxTokens = 256,
     temp: options.Temp = 0.0,
     top_p: options.TopP = 1.0,
@@ -56,9 +81,7 @@ def generate(
     stop: options.Stop = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(
-            help="With --json: each token's log-probability and this many best; no speeds then.", rich_help_panel=_SHOW
-        ),
+        typer.Option(help="With --json: each token's log-probability and this many best.", rich_help_panel=_SHOW),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=_SHOW)
@@ -73,6 +96,7 @@ def generate(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    max_memory: options.MaxTokensInMemory = None,
 ) -> None:
     """Continue a text, or run a batch of requests from a file."""
     params = options.sampling(
@@ -86,16 +110,19 @@ def generate(
         stop=stop,
         logprobs=logprobs,
     )
-    if logprobs is not None and (not json or report or input is not None):
-        raise RequestError("--logprobs needs --json and --prompt, and goes without --report")
+    if logprobs is not None and (not json or input is not None):
+        raise RequestError("--logprobs needs --json and --prompt")
     if input is not None or output_ is not None:
         if input is None or output_ is None or prompt is not None:
             raise RequestError("a batch takes --input and --output, and no --prompt")
+        if save_cache is not None:
+            raise RequestError("--save-cache needs --prompt; a batch may only --load-cache")
         from clsa_cli.batch import Batch
 
         batch = Batch(input, output_)
-        with options.opened(model, backend, device, dtype) as llm:
-            summary = batch.run(llm, model, params)
+        with options.opened(model, backend, device, dtype, EngineConfig(max_tokens_in_memory=max_memory)) as llm:
+            _load_cache(llm, load_cache, salt)
+            summary = batch.run(llm, model, params, ordered=ordered, salt=salt)
         output.note(
             f"{output_}: {output.count(summary.completed, 'answer')}, {output.count(summary.failed, 'error')}, "
             f"{summary.skipped:,} there before"
@@ -103,21 +130,29 @@ def generate(
         if json:
             output.write_json(asdict(summary))
         return
+    if ordered:
+        raise RequestError("--ordered needs --input and --output")
     if prompt is None:
         raise RequestError("give --prompt TEXT, --prompt - for stdin, or --input FILE --output FILE")
     text = check_text(read_stdin() if prompt == "-" else prompt)
-    with options.opened(model, backend, device, dtype, EngineConfig(max_num_seqs=1)) as llm:
+    engine = EngineConfig(max_num_seqs=1, max_tokens_in_memory=max_memory)
+    with options.opened(model, backend, device, dtype, engine) as llm:
+        _load_cache(llm, load_cache, salt)
         if report and not json:
             output.echo_prompt(text)
-        answer = (
-            _run(llm, text, params, show=not json, stream=not no_stream)
-            if logprobs is None
-            else _run_with_logprobs(llm, text, params)
-        )
+        answer = _run(llm, text, params, salt, show=not json, stream=not no_stream)
+        if save_cache is not None:
+            saved = llm.save_cache(save_cache, text, salt=salt)
+            output.note(f"{save_cache}: wrote the state of {output.count(saved, 'token')}")
         if json:
             output.write_json(answer | _setting(llm, model, params))
         if report:
             _report(llm, answer)
+
+
+def _load_cache(llm: LLM, path: Path | None, salt: str) -> None:
+    if path is not None:
+        output.note(f"{path}: read the state of {output.count(llm.load_cache(path, salt=salt), 'token')}")
 
 
 def read_stdin() -> str:
@@ -142,13 +177,16 @@ def check_text(text: str) -> str:
     return text
 
 
-def _run(llm: LLM, prompt: str, params: SamplingParams, *, show: bool, stream: bool) -> dict[str, Any]:
+def _run(llm: LLM, prompt: str, params: SamplingParams, salt: str, *, show: bool, stream: bool) -> dict[str, Any]:
     parts: list[str] = []
+    logprobs: list[dict[str, Any]] = []
     last: Piece | None = None
     try:
-        with contextlib.closing(cast("Generator[Piece, None, None]", llm.stream(prompt, params))) as pieces:
+        with contextlib.closing(cast("Generator[Piece, None, None]", llm.stream(prompt, params, salt=salt))) as pieces:
             for last in pieces:
                 parts.append(last.text)
+                if params.logprobs is not None and last.token >= 0:
+                    logprobs.append({"token": last.token, "logprob": last.logprob, "top": last.top})
                 if show and stream:
                     output.write(last.text)
     except BaseException:
@@ -168,24 +206,7 @@ def _run(llm: LLM, prompt: str, params: SamplingParams, *, show: bool, stream: b
         "prompt_tps": last.prompt_tps,
         "generation_tps": last.generation_tps,
         "peak_memory": last.peak_memory,
-    }
-
-
-def _run_with_logprobs(llm: LLM, prompt: str, params: SamplingParams) -> dict[str, Any]:
-    """The same keys, without speeds, which only a stream measures, and with what each token stood among."""
-    answer = llm.generate(prompt, params)[0]
-    if answer.error is not None:
-        raise ClsaError(answer.error)
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "cached_tokens": answer.cached_tokens,
-        "generation_tokens": len(answer.token_ids),
-        "prompt_tps": None,
-        "generation_tps": None,
-        "peak_memory": None,
-        "logprobs": [{"token": item.token, "logprob": item.logprob, "top": item.top} for item in answer.logprobs or []],
+        **({} if params.logprobs is None else {"logprobs": logprobs}),
     }
 
 

@@ -43,6 +43,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(help=f"{', '.join(DTYPES)}; left out, clsa chooses.", callback=check_dtype, rich_help_panel=_WHERE),
 ]
+MaxTokensInMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens-in-memory",
+        help="Tokens of all prompts and answers together, cached ones too; left out, sized from the free memory.",
+        rich_help_panel=_WHERE,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_HOW)]
 Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.", rich_help_panel=_HOW)]
 TopP = Annotated[

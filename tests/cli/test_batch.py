@@ -52,7 +52,7 @@ def test_results_have_the_openai_form(files: Files, fake: FakeLLM) -> None:
     messages = [{"role": "user", "content": "hi"}]
     chat = {"custom_id": "b", "method": "POST", "url": CHAT, "body": {"messages": messages, "temperature": 1}}
     files.write(request("a", "one", max_tokens=5, stop="END", n=1), chat, request("c", [1, 2, 3], seed=None))
-    result = files.run("--seed", "7", "--model", "m", "--json")
+    result = files.run("--seed", "7", "--model", "m", "--json", "--ordered")
     assert result.exit_code == 0
     assert fake.asked == ["one", [2], [1, 2, 3]]
     assert fake.params == [
@@ -96,7 +96,7 @@ def test_results_have_the_openai_form(files: Files, fake: FakeLLM) -> None:
 
 def test_finished_ids_are_not_run_again(files: Files, fake: FakeLLM) -> None:
     files.write(request("a"), request("b", "refuse"), "{torn")
-    assert files.run().exit_code == 0
+    assert files.run("--ordered").exit_code == 0
     files.write(request("a"), request("b", "refuse"), "{torn", request("c", "new"))
     fake.asked.clear()
     assert files.run().exit_code == 0
@@ -108,7 +108,7 @@ def test_finished_ids_are_not_run_again(files: Files, fake: FakeLLM) -> None:
 @pytest.mark.parametrize("keep", [1, 12, 40, -1])
 def test_a_torn_last_result_is_run_again(files: Files, fake: FakeLLM, keep: int) -> None:
     files.write(request("a"), request("b", "two"))
-    assert files.run().exit_code == 0
+    assert files.run("--ordered").exit_code == 0
     lines = files.results.read_bytes().splitlines(keepends=True)
     files.results.write_bytes(lines[0] + lines[1][:keep])
     fake.asked.clear()
@@ -135,6 +135,8 @@ def test_files_that_cannot_be(files: Files, fake: FakeLLM, run: Run, tmp_path: P
         ["--input", same],
         ["--input", same, "--output", str(files.results), "--prompt", "x"],
         ["--input", same, "--output", str(files.results), "--json", "--logprobs", "1"],
+        ["--input", same, "--output", str(files.results), "--save-cache", str(tmp_path / "cache")],
+        ["--prompt", "x", "--ordered"],
     ):
         result = run("generate", *args)
         assert (result.exit_code, fake.loaded_with, files.requests.read_bytes()) == (2, (), before), args
@@ -182,7 +184,7 @@ def test_files_that_cannot_be(files: Files, fake: FakeLLM, run: Run, tmp_path: P
 )
 def test_a_bad_line_is_its_own_error(files: Files, fake: FakeLLM, line: object, words: str) -> None:
     files.write(line, "", request("good"))
-    assert files.run().exit_code == 0
+    assert files.run("--ordered").exit_code == 0
     bad, good = files.read()
     assert words in bad["error"]["message"]
     assert bad["id"] == "batch_req_1" and bad["response"]["status_code"] == 400
@@ -193,47 +195,63 @@ def test_a_bad_line_is_its_own_error(files: Files, fake: FakeLLM, line: object, 
 
 def test_an_id_that_occurs_twice(files: Files, fake: FakeLLM) -> None:
     files.write(request("a", "first"), request("a", "second"))
-    assert files.run().exit_code == 0
+    assert files.run("--ordered").exit_code == 0
     assert [line["error"] and line["error"]["message"] for line in files.read()] == [
         None,
         "custom_id 'a' occurs twice; every line needs its own",
     ]
     assert fake.asked == ["first"]
+    # Whichever of the two was not written yet is what is missing.
+    lines = files.results.read_bytes().splitlines(keepends=True)
+    for kept, other in (lines, reversed(lines)):
+        files.results.write_bytes(kept)
+        assert files.run().exit_code == 0
+        assert json.loads(files.results.read_bytes().splitlines()[1])["error"] == json.loads(other)["error"]
+        assert files.run().stderr.endswith("0 answers, 0 errors, 2 there before\n")
 
 
 def test_a_step_that_fails_is_an_error_of_its_line(files: Files, fake: FakeLLM) -> None:
     files.write(request("a", "fail"), request("b"))
-    assert files.run().exit_code == 0
+    assert files.run("--ordered").exit_code == 0
     bad, good = files.read()
     assert (bad["response"]["status_code"], bad["error"]["message"]) == (500, "the step failed")
     assert good["error"] is None
 
 
-def test_refused_prompts_do_not_break_up_the_others(files: Files, fake: FakeLLM) -> None:
-    files.write(*(request(str(i), "refuse" if i == 37 else "x") for i in range(64)))
-    assert files.run().exit_code == 0
-    assert files.ids() == [str(i) for i in range(64)]
-    assert sum(fake.batches) == 63 and len(fake.batches) <= 6
+def test_results_are_written_as_they_finish(files: Files, fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = fake._note, []
 
-
-def test_groups_are_written_as_they_finish(files: Files, fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "GROUP", 4)
-    prompts = ["x"] * 9
-    original = fake.generate
-
-    def generate(prompts: Any, params: Any) -> Any:
-        if len(fake.batches) == 2:
+    def note(prompt: Any, params: SamplingParams) -> None:
+        seen.append(len(files.read()))
+        if len(seen) == 6:
             raise KeyboardInterrupt
-        return original(prompts, params)
+        original(prompt, params)
 
-    monkeypatch.setattr(fake, "generate", generate)
-    files.write(*(request(str(i), prompt) for i, prompt in enumerate(prompts)))
+    monkeypatch.setattr(fake, "_note", note)
+    files.write(*(request(str(i)) for i in range(9)))
     assert files.run().exit_code == 130
-    assert files.ids() == [str(i) for i in range(8)]
-    monkeypatch.setattr(fake, "generate", original)
+    assert seen == [0, 0, 1, 2, 3, 4]
+    assert files.ids() == ["1", "2", "3", "4"]
+    monkeypatch.setattr(fake, "_note", original)
     assert files.run().exit_code == 0
+    assert sorted(files.ids()) == [str(i) for i in range(9)]
+
+
+def test_ordered(files: Files, fake: FakeLLM) -> None:
+    files.write(*(request(str(i), "refuse" if i % 3 else "x") for i in range(9)))
+    assert files.run("--ordered").exit_code == 0
     assert files.ids() == [str(i) for i in range(9)]
-    assert fake.batches == [4, 4, 1]
+
+
+def test_only_one_process_may_write(files: Files, fake: FakeLLM) -> None:
+    files.write(request("a"))
+    first = batch.Batch(files.requests, files.results)
+    result = files.run()
+    assert (result.exit_code, files.results.read_text()) == (1, "")
+    assert "another process is writing to" in result.stderr
+    first.run(fake, "m", SamplingParams())  # type: ignore[arg-type]
+    assert files.ids() == ["a"]
+    assert files.run().exit_code == 0
 
 
 def test_a_line_without_end_is_refused(files: Files, fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:

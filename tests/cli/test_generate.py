@@ -93,8 +93,8 @@ def test_logprobs(run: Run, fake: FakeLLM) -> None:
     result = run("generate", "--prompt", "x", "--json", "--logprobs", "2")
     answer = json.loads(result.stdout)
     assert fake.params[0].logprobs == 2
-    assert answer["logprobs"] == [{"token": 7, "logprob": -0.5, "top": [[7, -0.5], [8, None]]}] * 2
-    assert (answer["text"], answer["generation_tokens"], answer["generation_tps"]) == ("Hello world", 2, None)
+    assert answer["logprobs"] == [{"token": i, "logprob": -0.5, "top": [[7, -0.5], [8, None]]} for i in range(2)]
+    assert (answer["text"], answer["generation_tokens"], answer["generation_tps"]) == ("Hello world", 2, 50.0)
 
 
 def test_report_says_what_was_read(run: Run, fake: FakeLLM) -> None:
