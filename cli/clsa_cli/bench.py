@@ -177,11 +177,15 @@ def paper(
 
 
 @_command
-def capacity(made: Bench) -> Report:
+def capacity(
+    made: Bench,
+    max_batch: Annotated[int, typer.Option(help="Sequences at most.", rich_help_panel=_WHAT)] = 4096,
+) -> Report:
     """Decode at the batch that fits the memory, each plan with its own. Batches don't matter."""
     from clsa.bench.runs import bench_capacity
+    from clsa.config import check_int
 
-    return bench_capacity(made)
+    return bench_capacity(made, check_int("--max-batch", max_batch, 1, 4096, RequestError))
 
 
 @bench.command("scheduler")

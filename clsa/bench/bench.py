@@ -14,12 +14,12 @@ from clsa.bench.random_arrays import random_params
 from clsa.bench.report import Column, Report, Row, machine
 from clsa.bench.sizes import PLANS, plan_config
 from clsa.bench.timing import Ceilings, Stopwatch, measure_ceilings
-from clsa.checkpoint import Checkpoint, open_checkpoint
+from clsa.checkpoint import open_checkpoint
 from clsa.config import DTYPES, MAX_TOKENS, ModelConfig, check_float, check_int, show
 from clsa.errors import RequestError
 from clsa.hub import resolve
 from clsa.ops import Ops
-from clsa.params import nest
+from clsa.weights import load_weights
 
 Params = Mapping[str, Any]
 
@@ -79,7 +79,8 @@ class Bench:
         if self._checkpoint is None:
             return plan_config(self.settings.sizes, plan, max_tokens)
         config = self._checkpoint.config
-        return replace(config, max_position_embeddings=max(max_tokens, config.max_position_embeddings))
+        quantization = config.quantization if self.ops.keeps_quantized else None
+        return replace(config, max_position_embeddings=max_tokens, quantization=quantization)
 
     @property
     def plans(self) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ class Bench:
         if self._checkpoint is None:
             self.note(f"weights of {config.num_hidden_layers} layers")
             return random_params(self.ops, config, self.dtype)
-        return _load(self.ops, self._checkpoint, self.dtype)
+        return load_weights(self.ops, self._checkpoint, self.dtype)
 
     def report(self, name: str, columns: list[Column], **facts: Any) -> Report:
         """An empty report with what holds for every row."""
@@ -111,7 +112,3 @@ class Bench:
                 "matmul_flop_per_second": round(c.matmul),
             }
         }
-
-
-def _load(ops: Ops, checkpoint: Checkpoint, dtype: str) -> Params:
-    return nest({name: ops.asarray(array, dtype) for name, array in checkpoint.tensors()})

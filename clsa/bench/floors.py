@@ -7,10 +7,11 @@ keep them from one layer to the next. Letters are those of `clsa.ops`, F is the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 
 from clsa.config import ModelConfig
-from clsa.params import num_parameters, tensor_shapes
+from clsa.params import stored_tensors, tensor_shapes
 from clsa.plan import LayerPlan, make_plan
 
 
@@ -40,7 +41,7 @@ def decode_bytes(config: ModelConfig, context: int, batch: int, itemsize: int) -
             rows[what] += count
     kv_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize
     return StepBytes(
-        weights=decode_parameters(config) * itemsize,
+        weights=weight_bytes(config, itemsize),
         index_keys=batch * rows["index_keys"] * config.index_head_dim * itemsize,
         windows=batch * rows["windows"] * kv_bytes,
         selected=batch * rows["selected"] * kv_bytes,
@@ -57,10 +58,12 @@ def _rows_read(config: ModelConfig, layer: LayerPlan, context: int) -> list[tupl
     return [*selected, ("index_keys", context)] if layer.route == "F" else selected
 
 
-def decode_parameters(config: ModelConfig) -> int:
-    """Parameters that a decode step reads in full."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return num_parameters(config) - embedding
+def weight_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of the weights that a decode step reads in full, quantised where the config says so."""
+    stored = stored_tensors(config)
+    if not config.tie_word_embeddings:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("model.embed_tokens.")}
+    return sum(math.prod(shape) * (4 if packed else itemsize) for shape, packed in stored.values())
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from clsa import spec
 from clsa.batch import upload
 from clsa.bench import gates
 from clsa.bench.random_arrays import RandomRows, fill_memory, fill_window
@@ -208,7 +207,7 @@ class OpInputs:
         rows = [SamplingRow(params, self._context, ()) for _ in range(self._batch)]
         packed, _ = pack_sampling(rows)
         sampling = upload(ops, packed)
-        gate = gates.sample_gate(ops, logits, upload(spec, packed))
+        gate = gates.sample_gate(ops, logits, packed)
         return OpCase(name, lambda i: ops.sample(logits, sampling), 1, gate)
 
     def _weight_sets(self, numbers: int) -> int:

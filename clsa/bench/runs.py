@@ -46,7 +46,6 @@ OP_COLUMNS = [
     Column("clock", "clock"),
     _NOTE,
 ]
-MAX_BATCH = 4096
 
 
 def bench_ops(bench: Bench) -> Report:
@@ -116,17 +115,17 @@ def bench_prefill(bench: Bench, short: int) -> Report:
     return report
 
 
-def bench_capacity(bench: Bench) -> Report:
-    """Decode at the largest batch that fits beside the weights, of every plan and context."""
+def bench_capacity(bench: Bench, max_batch: int) -> Report:
+    """Decode at the largest batch up to `max_batch` that fits beside the weights, of every plan and context."""
     columns = [*DECODE_COLUMNS[:-1], Column("state_bytes", "state GB", "GB"), Column("ratio", "ratio", ".1f"), _NOTE]
-    report = bench.report("capacity", columns, memory_share=MEMORY_SHARE, max_batch=MAX_BATCH)
+    report = bench.report("capacity", columns, memory_share=MEMORY_SHARE, max_batch=max_batch)
     report.facts.update(bench.ceiling_facts())
     first: dict[int, float] = {}  # tokens per second of the first plan, by context
     for plan in bench.plans:
         params = bench.params(bench.config(plan, page_room(max(bench.settings.contexts))))
         for context in bench.settings.contexts:
             config = bench.config(plan, page_room(context))
-            batch = capacity(bench, config)
+            batch = min(max_batch, capacity(bench, config))
             if not batch:
                 report.rows.append({"plan": plan, "context": context, "batch": 0, "note": "does not fit"})
                 continue
@@ -140,9 +139,9 @@ def bench_capacity(bench: Bench) -> Report:
 
 
 def capacity(bench: Bench, config: ModelConfig) -> int:
-    """Sequences of the config's full length that fit into the memory that is free now, at most MAX_BATCH."""
+    """Sequences of the config's full length that fit into the memory that is free now."""
     budget = int(MEMORY_SHARE * bench.ops.memory_stats()["free"])
-    return min(MAX_BATCH, budget // _bytes_each(bench, config))
+    return budget // _bytes_each(bench, config)
 
 
 def _bytes_each(bench: Bench, config: ModelConfig) -> int:

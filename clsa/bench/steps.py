@@ -30,6 +30,7 @@ from clsa.plan import make_plan
 from clsa.residency import num_pages
 
 STEP_ROOM = 256  # tokens that a sequence may grow by while its steps are timed
+_WARM_UP = 6  # steps until shapes are compiled, graphs recorded, and one step is under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ def time_decode(bench: Bench, config: ModelConfig, params: Params, context: int,
 
     alone = bench.stopwatch.time(run)
     engine = decoding_engine(ops, params, config, bench.dtype, states.pop(), pages, [context] * batch)
-    for _ in range(3):
-        checked_step(engine)  # shapes are compiled, and one step is under way from here on
+    for _ in range(_WARM_UP):
+        checked_step(engine)
 
     def one_step() -> None:
         if len(checked_step(engine)) != batch:
