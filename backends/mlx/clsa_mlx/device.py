@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+from clsa.config import ModelConfig
 from clsa.errors import BackendError
 from clsa.ops import Device, Ops
+
+if TYPE_CHECKING:
+    from clsa_mlx.bench_peers import MlxLm
 
 _OLDEST = (0, 31)  # int64 partition, gather_mm on CPU and device_info as the ops use them
 _INSTALL = "pip install 'mlx[cpu]>=0.31'" if sys.platform == "linux" else "pip install 'mlx>=0.31'"
@@ -50,6 +54,12 @@ class MlxBackend:
         mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
         ops.device = f"{_chip()} GPU (Metal)" if device == "gpu" else "cpu (MLX)"
         return cast(Ops, ops)
+
+    def bench_peers(self, config: ModelConfig, dtype: str, device: str | None) -> list[MlxLm]:
+        """mlx-lm's dense model of these sizes for `clsa bench`, if it is installed."""
+        from clsa_mlx.bench_peers import bench_peers
+
+        return bench_peers(config, dtype, device)
 
 
 def _why_not() -> str | None:
