@@ -6,8 +6,8 @@ equations 1-4). Shapes use the letters of `clsa.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clsa.config import ModelConfig
@@ -22,6 +22,7 @@ class _Rows:
     """The rows on their way through the layers: all T of them up to the prefill exit, the R wanted ones after it."""
 
     x: Array  # [T, C] or [R, C]
+    delta: Array | None  # what the last block adds to x; the norm that comes next adds it on its way
     queries: Queries
     selection: Selection | None  # the last one computed, whatever kind of layer did
 
@@ -29,8 +30,16 @@ class _Rows:
         """Keep only the rows whose logits are wanted."""
         if batch.logits_rows is None or batch.logits_queries is None:
             return self
+        delta = None if self.delta is None else ops.take(self.delta, batch.logits_rows)
         selection = self.selection and ops.take_selection(self.selection, batch.logits_rows)
-        return _Rows(ops.take(self.x, batch.logits_rows), batch.logits_queries, selection)
+        return _Rows(ops.take(self.x, batch.logits_rows), delta, batch.logits_queries, selection)
+
+    def normed(self, ops: Ops, weight: Array, eps: float) -> tuple[_Rows, Array]:
+        """These rows with delta added, and their norm."""
+        if self.delta is None:
+            return self, ops.rms_norm(self.x, weight, eps)
+        x, h = ops.add_rms_norm(self.x, self.delta, weight, eps)
+        return replace(self, x=x, delta=None), h
 
 
 def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State) -> tuple[Array | None, State]:
@@ -40,7 +49,7 @@ def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State
     state; `state` must not be used again.
     """
     memories, windows = list(state.memories), list(state.windows)
-    rows = _Rows(ops.embed(params["embed_tokens"], batch.tokens), batch.queries, None)
+    rows = _Rows(ops.embed(params["embed_tokens"], batch.tokens), None, batch.queries, None)
     for i, (layer, weights) in enumerate(zip(plan.layers, params["layers"], strict=True)):
         if layer.window is not None:
             rows, windows[layer.window] = _sliding_layer(ops, weights, plan.config, rows, windows[layer.window], batch)
@@ -51,22 +60,21 @@ def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State
                 return None, State(tuple(memories), tuple(windows))
             if not layer.writes_memory:
                 rows = rows.narrow(ops, batch)
-    x = ops.rms_norm(rows.x, params["norm"], plan.config.rms_norm_eps)
+    _, h = rows.normed(ops, params["norm"], plan.config.rms_norm_eps)
     head = params["embed_tokens"] if plan.config.tie_word_embeddings else params["lm_head"]
-    return ops.cast(ops.linear(x, head), "float32"), State(tuple(memories), tuple(windows))
+    return ops.cast(ops.linear(h, head), "float32"), State(tuple(memories), tuple(windows))
 
 
 def _sliding_layer(
     ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, window: Window, batch: StepBatch
 ) -> tuple[_Rows, Window]:
     attn = weights["self_attn"]
-    h = ops.rms_norm(rows.x, weights["input_layernorm"], c.rms_norm_eps)
-    q = _positioned(ops, c, _heads(ops, c, h, attn["q_proj"]), attn["q_norm"], rows.queries)
-    k = _positioned(ops, c, _heads(ops, c, h, attn["k_proj"]), attn["k_norm"], rows.queries)
-    v = _heads(ops, c, h, attn["v_proj"])
+    rows, h = rows.normed(ops, weights["input_layernorm"], c.rms_norm_eps)
+    q, k, v = _heads(c, ops.linears(h, (attn["q_proj"], attn["k_proj"], attn["v_proj"])))
+    q, k = (_positioned(ops, c, x, attn[norm], rows.queries) for x, norm in ((q, "q_norm"), (k, "k_norm")))
     o = ops.sliding_attention(q, k, v, window, rows.queries)
     window = ops.write_window(window, k, v, batch.ring_mapping)
-    return _Rows(_finish(ops, weights, c, rows.x, o), rows.queries, rows.selection), window
+    return _finish(ops, weights, c, rows, o), window
 
 
 def _memory_layer(
@@ -78,15 +86,15 @@ def _memory_layer(
     source_norm = weights["input_layernorm"] if full else params["memory"]["norm"]
     m = None  # what K, V and the index are made of: the layer's own normed input, or the shared memory's
     if layer.writes_memory:
-        m = ops.rms_norm(rows.x, source_norm, c.rms_norm_eps)
+        rows, m = rows.normed(ops, source_norm, c.rms_norm_eps)
         memory = _write_memory(ops, params, plan, i, m, rows.queries, memory, batch)
         if i == plan.exit_layer:
             if not batch.wants_logits:
                 return rows, memory
             rows = rows.narrow(ops, batch)
             m = m if batch.logits_rows is None else ops.take(m, batch.logits_rows)
-    h = m if full else ops.rms_norm(rows.x, weights["input_layernorm"], c.rms_norm_eps)
-    q = _heads(ops, c, h, weights["self_attn"]["q_proj"])
+    rows, h = (rows, m) if full else rows.normed(ops, weights["input_layernorm"], c.rms_norm_eps)
+    (q,) = _heads(c, (ops.linear(h, weights["self_attn"]["q_proj"]),))
     if full:
         q = _positioned(ops, c, q, weights["self_attn"]["q_norm"], rows.queries)
     selection = rows.selection
@@ -99,7 +107,7 @@ def _memory_layer(
     else:
         assert selection is not None  # ModelConfig refuses S before F
         o = ops.gather_attention(q, memory, selection)
-    return _Rows(_finish(ops, weights, c, rows.x, o), rows.queries, selection), memory
+    return _finish(ops, weights, c, replace(rows, selection=selection), o), memory
 
 
 def _write_memory(
@@ -108,36 +116,35 @@ def _write_memory(
     """Append K, V and K_idx of the rows `m` [T, C]. RoPE and QK norm on full layers only ("RNoPE")."""
     c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
     assert layer.memory is not None
-    if layer.kind == "full_attention":
-        attn = weights["self_attn"]
-        k = _positioned(ops, c, _heads(ops, c, m, attn["k_proj"]), attn["k_norm"], queries)
-        v = _heads(ops, c, m, attn["v_proj"])
-        index_weight = weights["indexer"]["k_proj"] if layer.route == "F" else None
-    else:
-        shared = params["memory"]
-        k, v = _heads(ops, c, m, shared["k_proj"]), _heads(ops, c, m, shared["v_proj"])
-        index_weight = shared["index_k_proj"] if plan.memory_has_index[layer.memory] else None
-    k_idx = None if index_weight is None else ops.linear(m, index_weight)
-    return ops.write_memory(memory, k, v, k_idx, batch.slot_mapping)
+    full = layer.kind == "full_attention"
+    source = weights["self_attn"] if full else params["memory"]
+    projections = [source["k_proj"], source["v_proj"]]
+    if plan.memory_has_index[layer.memory]:
+        projections.append(weights["indexer"]["k_proj"] if full else source["index_k_proj"])
+    k, v, *k_idx = ops.linears(m, projections)
+    k, v = _heads(c, (k, v))
+    if full:
+        k = _positioned(ops, c, k, source["k_norm"], queries)
+    return ops.write_memory(memory, k, v, k_idx[0] if k_idx else None, batch.slot_mapping)
 
 
-def _heads(ops: Ops, c: ModelConfig, x: Array, weight: Any) -> Array:
-    """[T, C] -> [T, heads, D]."""
-    return ops.linear(x, weight).reshape(x.shape[0], -1, c.head_dim)
+def _heads(c: ModelConfig, projected: Sequence[Array]) -> tuple[Array, ...]:
+    """[T, heads * D] -> [T, heads, D], each."""
+    return tuple(x.reshape(x.shape[0], -1, c.head_dim) for x in projected)
 
 
 def _positioned(ops: Ops, c: ModelConfig, x: Array, norm: Array, queries: Queries) -> Array:
     """QK norm per head, then rotary positions: [T, heads, D] -> the same."""
-    return ops.rope(ops.rms_norm(x, norm, c.rms_norm_eps), queries.positions, c.rope_theta)
+    return ops.norm_rope(x, norm, c.rms_norm_eps, queries.positions, c.rope_theta)
 
 
-def _finish(ops: Ops, weights: Params, c: ModelConfig, x: Array, o: Array) -> Array:
-    """Output projection and feed-forward of a pre-norm residual block: x [T, C], o [T, H, D] -> [T, C]."""
-    x = x + ops.linear(o.reshape(x.shape[0], -1), weights["self_attn"]["o_proj"])
-    h = ops.rms_norm(x, weights["post_attention_layernorm"], c.rms_norm_eps)
+def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, o: Array) -> _Rows:
+    """Output projection and feed-forward of a pre-norm residual block: o [T, H, D]."""
+    o = ops.linear(o.reshape(o.shape[0], -1), weights["self_attn"]["o_proj"])
+    x, h = ops.add_rms_norm(rows.x, o, weights["post_attention_layernorm"], c.rms_norm_eps)
     mlp = weights["mlp"]
-    gated = ops.swiglu(ops.linear(h, mlp["gate_proj"]), ops.linear(h, mlp["up_proj"]))
-    return x + ops.linear(gated, mlp["down_proj"])
+    gate, up = ops.linears(h, (mlp["gate_proj"], mlp["up_proj"]))
+    return replace(rows, x=x, delta=ops.linear(ops.swiglu(gate, up), mlp["down_proj"]))
 
 
 def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str) -> State:

@@ -258,12 +258,24 @@ class Ops(Protocol):
         """x @ weight.T: [..., in], [out, in] -> [..., out]."""
         ...
 
+    def linears(self, x: Array, weights: Sequence[Weight]) -> tuple[Array, ...]:
+        """`linear` of the same x with each of several weights; a backend may do them as one product."""
+        ...
+
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
         ...
 
-    def rope(self, x: Array, positions: Array, theta: float) -> Array:
-        """Rotary positions, half-split form: [T, H, D], [T] -> [T, H, D]. Angles are float32."""
+    def add_rms_norm(self, x: Array, y: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+        """A residual sum and what the next block reads of it: x + y in x's dtype, and the `rms_norm` of that."""
+        ...
+
+    def norm_rope(self, x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
+        """QK norm and positions of a projection: [T, H, D], [D], [T] -> [T, H, D].
+
+        `rms_norm` over the last axis, then rotary positions in the half-split form: with f = theta^(-i / (D / 2))
+        and the angle position * f in float32, (a, b) of the two halves becomes (a cos - b sin, b cos + a sin).
+        """
         ...
 
     def swiglu(self, gate: Array, up: Array) -> Array:

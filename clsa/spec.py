@@ -111,6 +111,10 @@ def linear(x: Array, weight: Array) -> Array:
     return x @ weight.T
 
 
+def linears(x: Array, weights: Sequence[Weight]) -> tuple[Array, ...]:
+    return tuple(linear(x, weight) for weight in weights)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
@@ -122,6 +126,14 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     first, second = x[..., :half], x[..., half:]
     cos, sin = np.cos(angles), np.sin(angles)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def add_rms_norm(x: Array, y: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    return x + y, rms_norm(x + y, weight, eps)
+
+
+def norm_rope(x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
+    return rope(rms_norm(x, weight, eps), positions, theta)
 
 
 def swiglu(gate: Array, up: Array) -> Array:

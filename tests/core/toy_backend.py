@@ -90,6 +90,18 @@ def linear(x: Box, weight: Box) -> Box:
     return Box(np.einsum("...i,oi->...o", x.inside, weight.inside))
 
 
+def linears(x: Box, weights: Sequence[Box]) -> tuple[Box, ...]:
+    return tuple(linear(x, weight) for weight in weights)
+
+
+def add_rms_norm(x: Box, y: Box, weight: Box, eps: float) -> tuple[Box, Box]:
+    return x + y, rms_norm(x + y, weight, eps)
+
+
+def norm_rope(x: Box, weight: Box, eps: float, positions: Box, theta: float) -> Box:
+    return rope(rms_norm(x, weight, eps), positions, theta)
+
+
 def rms_norm(x: Box, weight: Box, eps: float) -> Box:
     norm = np.linalg.norm(x.inside, axis=-1, keepdims=True) / np.sqrt(x.shape[-1])
     return Box(x.inside / np.sqrt(norm**2 + np.float32(eps)) * weight.inside)

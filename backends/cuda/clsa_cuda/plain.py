@@ -55,6 +55,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(linear(x, weight) for weight in weights)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -62,17 +66,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
+def frequencies(half: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(half, dtype=torch.float64) / half
     return torch.pow(theta, -exponents).float().to(device)
 
 
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
-    angles = positions[:, None, None].float() * _frequencies(half, theta, x.device)  # [T, 1, D / 2]
+    angles = positions[:, None, None].float() * frequencies(half, theta, x.device)  # [T, 1, D / 2]
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., :half].float(), x[..., half:].float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
+    return rope(rms_norm(x, weight, eps), positions, theta)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

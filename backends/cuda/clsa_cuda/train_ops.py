@@ -116,6 +116,7 @@ class TrainOps:
     concat = staticmethod(plain.concat)
     embed = staticmethod(plain.embed)
     linear = staticmethod(plain.linear)
+    linears = staticmethod(plain.linears)
     swiglu = staticmethod(plain.swiglu)
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch: int, length: int, sparse: bool) -> None:
@@ -175,6 +176,13 @@ class TrainOps:
         cos, sin = self._rotation(positions, x.shape[-1], theta)
         first, second = wide(x).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, self.rms_norm(total, weight, eps)
+
+    def norm_rope(self, x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
+        return self.rope(self.rms_norm(x, weight, eps), positions, theta)
 
     # -- state ---------------------------------------------------------------------------------------------
     def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:

@@ -117,6 +117,10 @@ def linear(x: mx.array, weight: Weight) -> mx.array:
     return quantized_linear(x, weight) if isinstance(weight, QuantizedWeight) else x @ weight.T
 
 
+def linears(x: mx.array, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
+    return tuple(linear(x, weight) for weight in weights)
+
+
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
@@ -133,6 +137,15 @@ def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
     return rotated.astype(x.dtype)
 
 
+def add_rms_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def norm_rope(x: mx.array, weight: mx.array, eps: float, positions: mx.array, theta: float) -> mx.array:
+    return rope(rms_norm(x, weight, eps), positions, theta)
+
+
 @lru_cache(maxsize=16)
 def _frequencies(half: int, theta: float) -> mx.array:
     return mx.array((theta ** (-np.arange(half) / half)).astype(np.float32))
@@ -145,7 +158,9 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 __all__ = [
+    "add_rms_norm",
     "asarray",
+    "asarrays",
     "cast",
     "concat",
     "copy_window",
@@ -153,17 +168,20 @@ __all__ = [
     "device",
     "embed",
     "evaluate",
+    "fetch",
     "gather_attention",
     "itemsize",
     "keeps_quantized",
     "linear",
+    "linears",
     "memory_stats",
     "name",
     "new_memory",
     "new_window",
+    "norm_rope",
     "quantized_weight",
+    "record",
     "rms_norm",
-    "rope",
     "sample",
     "select",
     "sliding_attention",

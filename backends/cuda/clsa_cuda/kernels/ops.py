@@ -6,7 +6,9 @@ from torch import Tensor
 
 from clsa.ops import Memory, Queries, Selection, Window
 from clsa_cuda.kernels.dense_attention import dense_attention
+from clsa_cuda.kernels.fused import add_rms_norm, norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
+from clsa_cuda.kernels.linears import linears
 from clsa_cuda.kernels.select import select
 from clsa_cuda.kernels.sliding_attention import sliding_attention
 from clsa_cuda.kernels.tiles import MAX_SELECTED
@@ -21,6 +23,11 @@ class KernelOps(TorchOps):
     index_topk above `MAX_SELECTED`.
     """
 
+    linears = staticmethod(linears)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    norm_rope = staticmethod(norm_rope)
+    swiglu = staticmethod(swiglu)
     write_memory = staticmethod(write_memory)
     write_window = staticmethod(write_window)
     gather_attention = staticmethod(gather_attention)

@@ -1,0 +1,160 @@
+"""The small ops of a layer as one launch each: a step of a small batch is bound by the number of its launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clsa_cuda import plain
+from clsa_cuda.kernels.tiles import next_power_of_2
+
+_SWIGLU_BLOCK = 1024
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,  # [T, C], rows x_stride apart
+    y,  # [T, C], rows y_stride apart; added to x if ADD
+    weight,  # [C]
+    total,  # [T, C]
+    out,  # [T, C]
+    x_stride,
+    y_stride,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Program t: row t."""
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    mask = c < C
+    value = tl.load(x + t * x_stride + c, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(y + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + t * C + c, rounded, mask=mask)
+        value = rounded.to(tl.float32)  # the norm is of what the next block sees
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / C + eps)
+    normed = value * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + t * C + c, normed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_rope_kernel(
+    x,  # [T, H, D], tokens x_stride apart
+    weight,  # [D]
+    positions,  # [T]
+    frequencies,  # [D / 2] float32
+    out,  # [T, H, D]
+    x_stride,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Program t: all heads of token t."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    i = tl.arange(0, BLOCK_HALF)
+    half = D // 2
+    mask = (h < H)[:, None] & (i < half)[None, :]
+    place = x + t * x_stride + h[:, None] * D + i[None, :]
+    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=1) / D + eps)
+    w_first = tl.load(weight + i, mask=i < half, other=0.0).to(tl.float32)
+    w_second = tl.load(weight + half + i, mask=i < half, other=0.0).to(tl.float32)
+    # Rounded between norm and rotation, as the two plain ops do.
+    first = (first * scale[:, None] * w_first[None, :]).to(out.dtype.element_ty).to(tl.float32)
+    second = (second * scale[:, None] * w_second[None, :]).to(out.dtype.element_ty).to(tl.float32)
+    angle = tl.load(positions + t).to(tl.float32) * tl.load(frequencies + i, mask=i < half, other=0.0)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    target = out + t * (H * D) + h[:, None] * D + i[None, :]
+    tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
+    tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr):
+    """Program (t, b): block b of row t. gate and up [T, F], rows their strides apart."""
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = f < F
+    g = tl.load(gate + t * gate_stride + f, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + t * up_stride + f, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + t * F + f, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=mask)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] as [T, C], without a copy where rows are evenly spaced."""
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`Ops.rms_norm`."""
+    rows = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(rows, rows, weight, out, out, eps, add=False)
+    return out
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`Ops.add_rms_norm`."""
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch_norm(_rows(x), _rows(y), weight, total, out, eps, add=True)
+    return total, out
+
+
+def _launch_norm(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, add: bool) -> None:
+    num_rows, size = x.shape
+    block = next_power_of_2(size)
+    _rms_norm_kernel[num_rows,](
+        x,
+        y,
+        weight,
+        total,
+        out,
+        x.stride(0),
+        y.stride(0),
+        eps,
+        C=size,
+        BLOCK_C=block,
+        ADD=add,
+        num_warps=max(1, min(8, block // 512)),
+    )
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
+    """`Ops.norm_rope`."""
+    num_tokens, heads, head_dim = x.shape
+    if x.stride(2) != 1 or (heads > 1 and x.stride(1) != head_dim):
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _norm_rope_kernel[num_tokens,](
+        x,
+        weight,
+        positions,
+        plain.frequencies(head_dim // 2, theta, x.device),
+        out,
+        x.stride(0),
+        eps,
+        H=heads,
+        D=head_dim,
+        BLOCK_H=next_power_of_2(heads),
+        BLOCK_HALF=next_power_of_2(head_dim // 2),
+        num_warps=4,
+    )
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`Ops.swiglu`."""
+    g, u = _rows(gate), _rows(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grid = (g.shape[0], triton.cdiv(g.shape[1], _SWIGLU_BLOCK))
+    _swiglu_kernel[grid](g, u, out, g.stride(0), u.stride(0), g.shape[1], BLOCK=_SWIGLU_BLOCK, num_warps=4)
+    return out
