@@ -29,6 +29,7 @@ from clsa.ops import (
     Sampled,
     SamplingBatch,
     Selection,
+    Weight,
     Window,
 )
 from clsa.quantization import dequantize
