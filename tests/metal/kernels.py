@@ -1,31 +1,46 @@
-"""Running the project's Metal kernels in the harness, launched by the very functions that the ops call."""
+"""Running the project's Metal kernels, launched by the very functions that the ops call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-from unittest import mock
+from typing import Any, TypeVar, cast
 
-import numpy as np
-
-from tests.metal.harness import ORDERS, PLACES, Call, execute
+from clsa import spec
+from clsa.ops import Ops
+from tests.metal.harness import ORDERS, PLACES, Call
 from tests.metal.harness.launch import Order, Place
 from tests.metal.harness.sanitize import find_races
 from tests.metal.harness.sanitize import unavailable as no_race_detector
 from tests.metal.harness.typecheck import check_types, clang
 
 R = TypeVar("R")
+SPEC = cast(Ops, spec)
 
 
-def run(compute: Callable[[], R], order: Order = "forward", place: Place = "end") -> R:
-    """What `compute` returns when custom kernels of MLX run in the harness."""
+def mlx_ops() -> Ops:
+    from clsa_mlx import ops
+
+    return cast(Ops, ops)
+
+
+def run(
+    compute: Callable[[], R],
+    order: Order = "forward",
+    place: Place = "end",
+    watch: Callable[[Call, Any], None] | None = None,
+) -> R:
+    """What `compute` returns when custom kernels of MLX run in the harness; on a Mac, what its GPU makes of them."""
+    import mlx.core as mx
+
     from clsa_mlx.kernels.load import load
-
     from tests.metal.harness.on_cpu import metal_on_cpu
 
+    if mx.metal.is_available():
+        mx.set_default_device(mx.gpu)
+        return compute()
     load.cache_clear()  # it may keep kernels made elsewhere
     try:
-        with metal_on_cpu(order=order, place=place):
+        with metal_on_cpu(order=order, place=place, watch=watch):
             return compute()
     finally:
         load.cache_clear()
@@ -41,13 +56,7 @@ def run_everywhere(compute: Callable[[], R]) -> Iterator[tuple[str, R]]:
 def calls_of(compute: Callable[[], Any]) -> list[Call]:
     """The launches that `compute` makes."""
     calls: list[Call] = []
-
-    def record(call: Call, **options: Any) -> list[np.ndarray]:
-        calls.append(call)
-        return execute(call, **options)
-
-    with mock.patch("tests.metal.harness.on_cpu.execute", record):
-        run(compute)
+    run(compute, watch=lambda call, outputs: calls.append(call))
     return calls
 
 
@@ -62,5 +71,3 @@ def check_soundness(compute: Callable[[], Any], launches: int) -> list[str]:
             find_races(call)
     reasons = [no_race_detector(), None if clang() else "no clang++ for the type check"]
     return [reason for reason in reasons if reason]
-
-

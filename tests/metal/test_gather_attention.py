@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from clsa import spec
-from clsa.ops import Selection
-from tests.metal.kernels import calls_of, check_soundness, run, run_everywhere
+from clsa.ops import Ops, Selection
+from tests.metal.kernels import SPEC, calls_of, check_soundness, mlx_ops, run, run_everywhere
 from tests.ops.cases import filled_memory, host, normal, poisoned, rounded
 from tests.tolerance import assert_close
 
@@ -47,14 +47,14 @@ def ragged_rows(rng: np.random.Generator, k: int) -> np.ndarray:
 
 
 def launcher(q: np.ndarray, kv: list[np.ndarray], rows: np.ndarray, dtype: str, **options: Any) -> Callable[[], Any]:
-    from clsa_mlx import ops
+    ops = mlx_ops()
     from clsa_mlx.kernels.gather_attention import gather_attention
 
-    memory = filled_memory(ops, *kv, None, dtype)  # type: ignore[arg-type]
+    memory = filled_memory(ops, kv[0], kv[1], None, dtype)
     return lambda: gather_attention(ops.asarray(q), memory, selection_of(ops, rows), **options)
 
 
-def selection_of(ops: Any, rows: np.ndarray) -> Selection:
+def selection_of(ops: Ops, rows: np.ndarray) -> Selection:
     lengths = (rows >= 0).sum(1).astype(np.int32)
     return Selection(ops.asarray(rows), ops.asarray(rows), ops.asarray(lengths))
 
@@ -67,18 +67,15 @@ def case(
     read[rows[rows >= 0]] = True
     q = normal(rng, len(rows), heads, head_dim, dtype=dtype, scale=2.0)
     kv = [poisoned(normal(rng, NUM_ROWS, kv_heads, head_dim, dtype=dtype), read) for _ in "kv"]
-    memory = filled_memory(spec, *kv, None, dtype)  # type: ignore[arg-type]
-    return q, kv, spec.gather_attention(spec.asarray(q), memory, selection_of(spec, rows))
+    memory = filled_memory(SPEC, kv[0], kv[1], None, dtype)
+    return q, kv, spec.gather_attention(spec.asarray(q), memory, selection_of(SPEC, rows))
 
 
-def assert_attends(
-    rows: np.ndarray, heads: int, kv_heads: int, head_dim: int, dtype: str, **options: Any
-) -> None:
-    from clsa_mlx import ops
-
+def assert_attends(rows: np.ndarray, heads: int, kv_heads: int, head_dim: int, dtype: str, **options: Any) -> None:
+    ops = mlx_ops()
     q, kv, want = case(np.random.default_rng(head_dim), rows, heads, kv_heads, head_dim, dtype)
     for how, got in run_everywhere(launcher(q, kv, rows, dtype, **options)):
-        result = host(ops, got, dtype)  # type: ignore[arg-type]
+        result = host(ops, got, dtype)
         assert not result[rows[:, 0] < 0].any(), f"{how}: a query that sees nothing must get zeros"
         assert_close("gather_attention", dtype, result, want, (heads, kv_heads, head_dim, options, how))
 
@@ -111,14 +108,13 @@ def test_larger_threadgroups(threads: int, head_dim: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_do_not_overflow(dtype: str) -> None:
     """Scores of +-50000: the softmax has to subtract the maximum, in float32."""
-    from clsa_mlx import ops
-
+    ops = mlx_ops()
     q = rounded(np.full((1, 1, 8), 200.0), dtype)
     k = np.array([[[100.0] * 8], [[-100.0] * 8], [[99.0] * 8]])
     v = np.arange(24).reshape(3, 1, 8)
     kv = [rounded(x, dtype) for x in (k, v)]
     got = run(launcher(q, kv, np.array([[0, 1, 2]], np.int32), dtype))
-    assert host(ops, got, dtype)[0, 0].tolist() == list(range(8))  # type: ignore[arg-type]
+    assert host(ops, got, dtype)[0, 0].tolist() == list(range(8))
 
 
 def test_infinite_scores() -> None:
@@ -157,8 +153,14 @@ def test_threadgroup_memory(head_dim: int, threads: int) -> None:
     assert 4 * simds * (2 * launch.block_heads + head_dim) <= 18 << 10
 
 
-def test_head_dims_without_a_kernel() -> None:
+def test_what_has_a_kernel() -> None:
+    import mlx.core as mx
+
     from clsa_mlx.kernels.attend import has_kernel
 
-    assert all(map(has_kernel, (8, 64, 80, 96, 128, 256)))
-    assert not any(map(has_kernel, (0, 4, 100, 257, 264, 512)))
+    def answer(head_dim: int, q_dtype: mx.Dtype = mx.float16) -> bool:
+        return has_kernel(mx.zeros((1, 2, head_dim), q_dtype), mx.zeros((4, 1, head_dim), mx.float16))
+
+    assert all(map(answer, (8, 64, 80, 96, 128, 256)))
+    assert not any(map(answer, (4, 10, 100, 257, 264, 512)))
+    assert not answer(64, mx.float32)

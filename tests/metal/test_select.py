@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from clsa import spec
-from clsa.ops import Selection
-from tests.metal.kernels import calls_of, check_soundness, run, run_everywhere
+from clsa.ops import Memory, Ops, Selection
+from tests.metal.harness import Kernel, check, prepare
+from tests.metal.kernels import SPEC, calls_of, check_soundness, mlx_ops, run, run_everywhere
 from tests.ops.cases import Chunk, Layout, filled_memory, layout, normal, poisoned, rounded
 from tests.ops.routing import Arrays, arrays, assert_best, assert_form
 from tests.ops.test_select import SPECIAL
@@ -24,27 +25,28 @@ LENGTHS = (1, 2, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 2000)
 STEP = [Chunk(n - 1, 1) for n in LENGTHS] + [Chunk(0, 0, padded=1)]
 
 
-def launcher(step: Layout, q_idx: np.ndarray, k_idx: np.ndarray, dtype: str, k: int, **options: Any) -> Callable[[], Selection]:
-    from clsa_mlx import ops
+def launcher(
+    step: Layout, q_idx: np.ndarray, k_idx: np.ndarray, dtype: str, k: int, **options: Any
+) -> Callable[[], Selection]:
+    ops = mlx_ops()
     from clsa_mlx.kernels.select import select
 
     memory = memory_of(ops, k_idx, dtype)
-    return lambda: select(ops.asarray(q_idx), memory, step.queries(ops), k, **options)  # type: ignore[arg-type]
+    return lambda: select(ops.asarray(q_idx), memory, step.queries(ops), k, **options)
 
 
-def memory_of(ops: Any, k_idx: np.ndarray, dtype: str) -> Any:
+def memory_of(ops: Ops, k_idx: np.ndarray, dtype: str) -> Memory:
     kv = rounded(np.zeros((len(k_idx), 1, 2)), dtype)
     return filled_memory(ops, kv, kv, k_idx, dtype)
 
 
 def assert_selects(step: Layout, q_idx: np.ndarray, k_idx: np.ndarray, dtype: str, k: int, **options: Any) -> None:
     """The same as the specification, in every order and with both placements."""
-    from clsa_mlx import ops
-
-    memory = memory_of(spec, k_idx, dtype)
-    want = arrays(spec, spec.select(spec.asarray(q_idx), memory, step.queries(spec), k, 1))
+    ops = mlx_ops()
+    memory = memory_of(SPEC, k_idx, dtype)
+    want = arrays(SPEC, spec.select(spec.asarray(q_idx), memory, step.queries(SPEC), k, 1))
     for how, got in run_everywhere(launcher(step, q_idx, k_idx, dtype, k, **options)):
-        for name, a, b in zip(("positions", "rows", "lengths"), arrays(ops, got), want):  # type: ignore[arg-type]
+        for name, a, b in zip(("positions", "rows", "lengths"), arrays(ops, got), want):
             assert_equal(f"select {name}", a, b, (dtype, k, options, how))
 
 
@@ -98,6 +100,29 @@ def test_special_scores(scores: Any, k: int) -> None:
     assert_selects(step, np.ones((5, 1), np.float32), k_idx, "float32", k)
 
 
+def test_keys_ascend_with_scores() -> None:
+    """NaN like -inf, -0 like +0, and no key is 0, which marks what a query does not see."""
+    from clsa_mlx.kernels.load import _text
+
+    ascending = np.array([-np.inf, -3e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3e38, np.inf], np.float32)
+    scores = np.concatenate([ascending, [np.nan, -np.nan, -0.0]]).astype(np.float32)
+    bits = scores.view(np.uint32).astype(np.int64)
+    expected = np.where(bits >> 31, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    expected[-3:] = expected[0], expected[0], expected[4]
+    assert (np.diff(expected[: len(ascending)]) > 0).all() and expected.min() > 0
+    body = "uint i = thread_position_in_grid.x; keys[i] = score_key(scores[i]);"
+    kernel = Kernel("keys", ["scores"], ["keys"], body, _text("digits.h.metal"))
+    call = prepare(
+        kernel,
+        [scores],
+        grid=(scores.size, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[scores.shape],
+        output_dtypes=[np.uint32],
+    )
+    check(call, expected)
+
+
 def test_nan_and_infinite_elements_in_wide_keys() -> None:
     rng = np.random.default_rng(3)
     step = layout(rng, STEP)
@@ -110,12 +135,11 @@ def test_nan_and_infinite_elements_in_wide_keys() -> None:
 
 @DTYPES
 def test_real_scores(dtype: str) -> None:
-    from clsa_mlx import ops
-
+    ops = mlx_ops()
     rng = np.random.default_rng(4)
     step = layout(rng, [Chunk(1499, 1), Chunk(777, 1)])
     q_idx, k_idx = normal(rng, 2, 128, dtype=dtype), normal(rng, step.num_rows, 128, dtype=dtype)
-    got: Arrays = arrays(ops, run(launcher(step, q_idx, k_idx, dtype, 256)))  # type: ignore[arg-type]
+    got: Arrays = arrays(ops, run(launcher(step, q_idx, k_idx, dtype, 256)))
     assert_form(dtype, step, got, 256, 1)
     for t, (last, sequence) in enumerate(zip(step.positions, step.sequence)):
         keys = k_idx[step.rows_of(sequence, np.arange(last + 1))].astype(np.float64)
@@ -126,14 +150,13 @@ def test_real_scores(dtype: str) -> None:
 
 @pytest.mark.parametrize("length, k", [(70_001, 2048), (1 << 20, 8192)])
 def test_long_texts(length: int, k: int) -> None:
-    from clsa_mlx import ops
-
+    ops = mlx_ops()
     rng = np.random.default_rng(length)
     step = layout(rng, [Chunk(length - 1, 1)])
     k_idx = rounded(np.round(rng.standard_normal((step.num_rows, 1)), 3), "float32")
     q_idx = np.ones((1, 1), np.float32)
-    want = arrays(spec, spec.select(spec.asarray(q_idx), memory_of(spec, k_idx, "float32"), step.queries(spec), k, 1))
-    got = arrays(ops, run(launcher(step, q_idx, k_idx, "float32", k)))  # type: ignore[arg-type]
+    want = arrays(SPEC, spec.select(spec.asarray(q_idx), memory_of(SPEC, k_idx, "float32"), step.queries(SPEC), k, 1))
+    got = arrays(ops, run(launcher(step, q_idx, k_idx, "float32", k)))
     for name, a, b in zip(("positions", "rows", "lengths"), got, want):
         assert_equal(f"select {name}", a, b, (length, k))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clsa import spec
-from tests.metal.kernels import calls_of, check_soundness, run_everywhere
+from tests.metal.kernels import SPEC, calls_of, check_soundness, mlx_ops, run_everywhere
 from tests.metal.test_gather_attention import DTYPES, SHAPES
 from tests.ops.cases import Chunk, Layout, filled_window, host, layout, normal
 from tests.tolerance import assert_close
@@ -46,29 +46,26 @@ def tokens_and_ring(
 def launcher(
     step: Layout, tokens: list[np.ndarray], rings: list[np.ndarray], window: int, dtype: str, **options: Any
 ) -> Callable[[], Any]:
-    from clsa_mlx import ops
+    ops = mlx_ops()
     from clsa_mlx.kernels.sliding_attention import sliding_attention
 
-    q, k, v = map(ops.asarray, tokens)
-    state = filled_window(ops, *rings, window, dtype)  # type: ignore[arg-type]
-    return lambda: sliding_attention(q, k, v, state, step.queries(ops), **options)  # type: ignore[arg-type]
+    q, k, v = (ops.asarray(x) for x in tokens)
+    state = filled_window(ops, rings[0], rings[1], window, dtype)
+    return lambda: sliding_attention(q, k, v, state, step.queries(ops), **options)
 
 
 def assert_slides(
     chunks: list[Chunk], window: int, heads: int, kv_heads: int, head_dim: int, dtype: str, **options: Any
 ) -> None:
-    from clsa_mlx import ops
-
-    rng = np.random.default_rng(window)
+    ops, rng = mlx_ops(), np.random.default_rng(window)
     step = layout(rng, chunks)
     tokens, rings = tokens_and_ring(rng, step, window, heads, kv_heads, head_dim, dtype)
-    want = spec.sliding_attention(
-        *map(spec.asarray, tokens), filled_window(spec, *rings, window, dtype), step.queries(spec)  # type: ignore[arg-type]
-    )
-    want[step.positions < 0] = 0.0  # the specification multiplies the NaN of padded rows
+    q, k, v = (spec.asarray(x) for x in tokens)
+    state = filled_window(SPEC, rings[0], rings[1], window, dtype)
+    want = spec.sliding_attention(q, k, v, state, step.queries(SPEC))
     for how, got in run_everywhere(launcher(step, tokens, rings, window, dtype, **options)):
         case = (window, heads, kv_heads, head_dim, options, how)
-        assert_close("sliding_attention", dtype, host(ops, got, dtype), want, case)  # type: ignore[arg-type]
+        assert_close("sliding_attention", dtype, host(ops, got, dtype), want, case)
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim, dtype", SHAPES)

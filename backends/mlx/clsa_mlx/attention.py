@@ -1,4 +1,7 @@
-"""GQA attention over selected rows, over everything, and over a window, in plain MLX."""
+"""GQA attention over selected rows, over everything, and over a window, in plain MLX and by Metal kernels.
+
+The kernels take the decode steps of heads that they can hold (`has_kernel`); all else is plain MLX.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ import mlx.core as mx
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection, Window
+from clsa_mlx import kernels
 from clsa_mlx.blocks import after, blocks, join, spans
 from clsa_mlx.fused import on_gpu
+from clsa_mlx.kernels.attend import has_kernel
+from clsa_mlx.kernels.gather_attention import gather_attention as launch_gather_attention
+from clsa_mlx.kernels.sliding_attention import sliding_attention as launch_sliding_attention
 from clsa_mlx.state import zero_row
 
 
 def gather_attention(q: mx.array, memory: Memory, selection: Selection) -> mx.array:
+    if kernels.enabled and has_kernel(q, memory.k):
+        return launch_gather_attention(q, memory, selection)
     return _attend_rows(q, memory, selection.rows)
 
 
@@ -31,6 +40,8 @@ def dense_attention(q: mx.array, memory: Memory, queries: Queries) -> mx.array:
 
 def sliding_attention(q: mx.array, k: mx.array, v: mx.array, window: Window, queries: Queries) -> mx.array:
     if queries.one_each:
+        if kernels.enabled and has_kernel(q, window.k):
+            return launch_sliding_attention(q, k, v, window, queries)
         return _sliding_decode(q, k, v, window, queries)
     size = window.size
     longest = max(size, 128)  # queries of a block: about as many as each of them sees

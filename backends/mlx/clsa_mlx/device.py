@@ -49,9 +49,10 @@ class MlxBackend:
             raise BackendError(f"backend 'mlx' cannot run on {device!r}: {offers[device].reason}")
         import mlx.core as mx
 
-        from clsa_mlx import ops
+        from clsa_mlx import kernels, ops
 
         mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+        kernels.enabled = device == "gpu"
         ops.device = f"{_chip()} GPU (Metal)" if device == "gpu" else "cpu (MLX)"
         return cast(Ops, ops)
 

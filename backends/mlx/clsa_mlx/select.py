@@ -1,4 +1,8 @@
-"""Exact top-k of the index scores, in plain MLX: no threshold, no ties left to chance, no host."""
+"""Exact top-k of the index scores: no threshold, no ties left to chance, no host.
+
+Decode steps that choose single tokens go to the Metal kernels; what chooses blocks, and chunks of a prompt, whose
+queries share the keys of their sequence, are plain MLX.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import mlx.core as mx
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection
+from clsa_mlx import kernels
 from clsa_mlx.attention import sequence_rows
 from clsa_mlx.blocks import after, blocks, join, spans
+from clsa_mlx.kernels.select import select as launch_select
 
 _NOWHERE = 2**31 - 1  # sorts behind every position
 _UNSEEN = -(2**63)  # sorts below the key of every score
@@ -18,6 +24,8 @@ def select(q_idx: mx.array, memory: Memory, queries: Queries, k: int, block_size
     seen_tokens = queries.block_table.shape[1] * PAGE_SIZE
     if seen_tokens <= k:  # everything visible is chosen, whatever the scores
         positions = mx.broadcast_to(mx.arange(k, dtype=mx.int32), (q_idx.shape[0], k))
+    elif queries.one_each and block_size == 1 and kernels.enabled:
+        return launch_select(q_idx, memory, queries, k)
     elif queries.one_each:
         pages = queries.block_table[queries.sequence]
         positions = _best(_paged_scores(q_idx, memory.k_idx, pages), queries.positions, k, block_size)

@@ -11,3 +11,5 @@ depend on the chip, and MLX cannot be asked. All kernels work with 512 and 1024 
 from __future__ import annotations
 
 THREADS = 256
+
+enabled = False  # whether the ops launch kernels; set when the backend is opened

@@ -15,14 +15,14 @@ _ENOUGH_THREADGROUPS = 256  # to fill the largest GPU
 _FEWEST_ROWS = 128  # of a part: with less, putting parts together costs more than it saves
 
 
-def has_kernel(head_dim: int) -> bool:
-    """Whether the attention kernels take heads of this size."""
-    return head_dim % 8 == 0 and 0 < head_dim <= 256
+def has_kernel(q: mx.array, keys: mx.array) -> bool:
+    """Whether the attention kernels take queries [T, H, D] over keys [N, G, D]: one dtype, D a multiple of 8 to 256."""
+    return q.dtype == keys.dtype and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How `heads` over `kv_heads` of `head_dim` are cut into threadgroups for `num_queries` queries over `rows` rows."""
+    """How the work of `num_queries` queries over `rows` rows each is cut into threadgroups."""
 
     num_queries: int
     heads: int
@@ -30,6 +30,12 @@ class Launch:
     head_dim: int
     rows: int
     threads: int
+
+    @staticmethod
+    def of(q: mx.array, keys: mx.array, rows: int, threads: int) -> Launch:
+        """For q [T, H, D] over keys [N, G, D]."""
+        num_queries, heads, head_dim = q.shape
+        return Launch(num_queries, heads, keys.shape[1], head_dim, rows, threads)
 
     @property
     def lane_elements(self) -> int:
@@ -70,8 +76,9 @@ class Launch:
             "output_dtypes": [out_dtype, mx.float32],
         }  # fmt: skip
 
-    def combine(self, sums: mx.array, stats: mx.array, dtype: mx.Dtype) -> mx.array:
+    def combine(self, outputs: list[mx.array], dtype: mx.Dtype) -> mx.array:
         """The result [T, H, D] from the outputs of the kernel."""
+        sums, stats = outputs
         shape = (self.num_queries, self.heads, self.head_dim)
         if self.parts == 1:
             return sums.reshape(shape)

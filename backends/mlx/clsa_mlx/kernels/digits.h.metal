@@ -10,7 +10,7 @@
 METAL_FUNC uint score_key(float score) {
   uint bits = as_type<uint>(score);
   if ((bits & 0x7fffffffu) > 0x7f800000u) bits = 0xff800000u;  // NaN counts as -inf
-  if (bits == 0x80000000u) bits = 0u;                          // -0 equals +0
+  if (bits == 0x80000000u) bits = 0u;                          // -0 ranks with +0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 

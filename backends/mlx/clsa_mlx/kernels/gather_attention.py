@@ -11,15 +11,15 @@ from clsa_mlx.kernels.load import load
 
 
 def gather_attention(q: mx.array, memory: Memory, selection: Selection, threads: int = THREADS) -> mx.array:
-    """As `Ops.gather_attention`; q and the memory have the same dtype, the head dim satisfies `has_kernel`.
+    """As `Ops.gather_attention`; `has_kernel` tells for what.
 
     1024 threads need a head dim of at most 128.
     """
-    launch = Launch(*q.shape[:2], *memory.k.shape[1:], selection.rows.shape[1], threads)
+    launch = Launch.of(q, memory.k, selection.rows.shape[1], threads)
     outputs = load(
         "gather_attention", ("query", "keys", "values", "rows", "lengths", "scale"), ("out", "stats"), HEADERS
     )(
         inputs=[q, memory.k, memory.v, selection.rows, selection.lengths, q.shape[-1] ** -0.5],
         **launch.arguments(q.dtype),
     )
-    return launch.combine(*outputs, q.dtype)
+    return launch.combine(outputs, q.dtype)

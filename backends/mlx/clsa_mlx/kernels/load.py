@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -19,7 +20,7 @@ def load(
 
     Args: names of the buffers as the kernel uses them; `atomic` makes all outputs atomic.
     """
-    kernel: Callable[..., list[mx.array]] = mx.fast.metal_kernel(
+    kernel = mx.fast.metal_kernel(
         name=f"clsa_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
@@ -27,7 +28,7 @@ def load(
         header="".join(_text(f"{header}.h.metal") for header in headers),
         atomic_outputs=atomic,
     )
-    return kernel
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 @cache

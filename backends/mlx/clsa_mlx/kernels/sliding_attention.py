@@ -14,7 +14,7 @@ def sliding_attention(
     q: mx.array, k: mx.array, v: mx.array, window: Window, queries: Queries, threads: int = THREADS
 ) -> mx.array:
     """As `Ops.sliding_attention` with `queries.one_each`; same conditions as the kernel of gather_attention."""
-    launch = Launch(*q.shape[:2], *k.shape[1:], window.size, threads)
+    launch = Launch.of(q, k, window.size, threads)
     outputs = load(
         "sliding_attention",
         ("query", "new_keys", "new_values", "keys", "values", "positions", "sequence", "slots", "size", "scale"),
@@ -27,4 +27,4 @@ def sliding_attention(
         ],
         **launch.arguments(q.dtype),
     )  # fmt: skip
-    return launch.combine(*outputs, q.dtype)
+    return launch.combine(outputs, q.dtype)
