@@ -161,7 +161,7 @@ def test_a_quantised_projection_is_one_leaf(folder: Path) -> None:
     assert flat.keys() == PARAMS.keys()
     leaf = tree["layers"][0]["self_attn"]["q_proj"]
     assert isinstance(leaf, QuantizedWeight) and leaf.scales.dtype == np.float32
-    dense = flatten(load_weights(spec, checkpoint, "float32"))  # type: ignore[arg-type]
+    dense = flatten(load_weights(spec, checkpoint, "float32"))
     for name, weight in flat.items():
         whole = dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         assert dense[name].dtype == np.float64
