@@ -46,6 +46,7 @@ class Settings:
                 raise RequestError(f"{name} must be 1 to 64 integers, got {show(values)}")
             for value in values:
                 check_int(name, value, 1, high, RequestError)
+        plan_config(self.sizes, PLANS[0], 1)  # refuses an unknown name, before anything runs
         if unknown := [plan for plan in self.plans if plan not in PLANS] or not self.plans:
             raise RequestError(f"plans must be among {', '.join(PLANS)}, got {show(unknown)}")
         if self.dtype is not None and self.dtype not in DTYPES:

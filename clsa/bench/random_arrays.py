@@ -1,7 +1,7 @@
 """Random arrays made on the device: no zeros, no two rows alike, and billions of numbers in seconds.
 
-A block of a few thousand normal rows is drawn on the host. Each further block is the sum of two rows of it, drawn
-anew, so only integers cross to the device.
+Two blocks of a few thousand normal rows are drawn on the host. Each row that is handed out is the sum of one row of
+each, and no pair occurs twice before all have; so only integers cross to the device.
 """
 
 from __future__ import annotations
@@ -27,20 +27,27 @@ class RandomRows:
     def __init__(self, ops: Ops, width: int, dtype: str, seed: int, std: float = 1.0) -> None:
         self._ops, self._rng = ops, np.random.default_rng([seed, width])
         self.block_rows = min(_MAX_ROWS, max(_MIN_ROWS, _BLOCK_NUMBERS // width))
-        block = self._rng.standard_normal((self.block_rows, width), dtype=np.float32)
-        self._block = ops.asarray(block * np.float32(std / np.sqrt(2)), dtype)
+        self._blocks = [ops.asarray(self._normal(width) * np.float32(std / np.sqrt(2)), dtype) for _ in range(2)]
+        self._shift = 0
 
     def take(self, rows: int) -> Array:
         """[rows, width], for rows <= block_rows."""
-        first, second = (self._rng.permutation(self.block_rows)[:rows].astype(np.int32) for _ in range(2))
-        ops, block = self._ops, self._block
-        return ops.take(block, ops.asarray(first)) + ops.take(block, ops.asarray(second))
+        first = self._rng.permutation(self.block_rows)[:rows]
+        second = (first + self._shift) % self.block_rows
+        self._shift += 1
+        ops, (one, other) = self._ops, self._blocks
+        return ops.take(one, ops.asarray(first.astype(np.int32))) + ops.take(
+            other, ops.asarray(second.astype(np.int32))
+        )
 
     def matrix(self, rows: int) -> Array:
         """[rows, width] for any number of rows."""
         counts = _cut(rows, self.block_rows)
         parts = [self.take(stop - start) for start, stop in counts]
         return parts[0] if len(parts) == 1 else self._ops.concat(parts)
+
+    def _normal(self, width: int) -> np.ndarray:
+        return self._rng.standard_normal((self.block_rows, width), dtype=np.float32)
 
 
 def random_params(ops: Ops, config: ModelConfig, dtype: str, seed: int = 0) -> Mapping[str, Any]:
