@@ -142,6 +142,20 @@ def test_copies_are_independent(model: Any, copied: Any) -> None:
     assert_goes_on(model, cache, IDS[:100], IDS[200:230])
 
 
+def test_padded_prompts_in_several_chunks(model: Any) -> None:
+    """As mlx-lm's prompt batches do it: what is padding enters no state, and a row may be through before the others."""
+    prompts = [IDS[:5], IDS[100:170], IDS[200:233], IDS[50:82]]
+    lengths = [len(prompt) for prompt in prompts]
+    padded = mx.array([prompt + [0] * (70 - len(prompt)) for prompt in prompts])
+    cache = make_prompt_cache(model)[0].merge([make_prompt_cache(model)[0] for _ in prompts])
+    cache.prepare(lengths=lengths, right_padding=[70 - length for length in lengths])
+    parts = [model(padded[:, first : first + 16], cache=[cache]) for first in range(0, 70, 16)]
+    cache.finalize()
+    np.testing.assert_array_equal(np.array(parts[-1])[[0, 2, 3]], 0)  # padding only
+    for i, prompt in enumerate(prompts):
+        assert_goes_on(model, [cache.extract(i)], prompt, IDS[300:330])
+
+
 # -- trimming --------------------------------------------------------------------------------------------------
 
 
