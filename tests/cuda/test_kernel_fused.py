@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clsa import spec
-from clsa_cuda.kernels import fused
+from clsa_cuda.kernels import fused, linear
 from clsa_cuda.kernels.linears import linears
 from tests.cuda.conftest import DEVICE
 from tests.tolerance import assert_close
@@ -91,3 +91,24 @@ def test_linears_move_the_weights_once_and_change_nothing() -> None:
             assert_close("linear", "float32", wide(got), wide(x) @ wide(weight).T, call)
         assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
         assert (places == [weight.data_ptr() for weight in weights]) == (call > 0)
+
+
+@pytest.mark.parametrize(
+    "rows, out_size, in_size", [(1, 1, 8), (1, 64, 128), (3, 65, 1000), (17, 130, 260), (64, 33, 2048)]
+)
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_linear(rows: int, out_size: int, in_size: int, splits: int) -> None:
+    rng = np.random.default_rng(0)
+    dtype = "bfloat16" if DEVICE != "cpu" else "float16"
+    x, weight = array(rng, dtype, rows, in_size), array(rng, dtype, out_size, in_size)
+    for given in (x, part(x)):
+        got = linear.linear(given, weight, linear.LinearTiles(64, 128, splits, num_warps=4, num_stages=3))
+        assert_close("linear", dtype, wide(got), wide(x) @ wide(weight).T, (rows, out_size, in_size, splits))
+
+
+def test_linear_of_many_rows_or_float32_is_left_to_torch() -> None:
+    rng = np.random.default_rng(0)
+    for dtype, rows in (("float32", 3), ("float16", linear.MAX_ROWS + 1)):
+        x, weight = array(rng, dtype, rows, 64), array(rng, dtype, 32, 64)
+        assert not linear.takes(x, weight)
+        assert_close("linear", dtype, wide(linear.linear(x, weight)), wide(x) @ wide(weight).T, dtype)

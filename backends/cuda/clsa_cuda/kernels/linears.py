@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from clsa_cuda.kernels.linear import linear
 
 
 def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -15,8 +16,8 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     The first call moves the weights behind each other in memory; they stay the same tensors with the same values.
     """
     if len(weights) == 1:
-        return (F.linear(x, weights[0]),)
-    out = F.linear(x, _joined(weights))
+        return (linear(x, weights[0]),)
+    out = linear(x, _joined(weights))
     return out.split([weight.shape[0] for weight in weights], dim=-1)
 
 

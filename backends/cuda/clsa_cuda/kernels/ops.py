@@ -8,6 +8,7 @@ from clsa.ops import Memory, Queries, Selection, Window
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import add_rms_norm, norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
+from clsa_cuda.kernels.linear import linear
 from clsa_cuda.kernels.linears import linears
 from clsa_cuda.kernels.select import select
 from clsa_cuda.kernels.sliding_attention import sliding_attention
@@ -23,6 +24,7 @@ class KernelOps(TorchOps):
     index_topk above `MAX_SELECTED`.
     """
 
+    linear = staticmethod(linear)
     linears = staticmethod(linears)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
