@@ -34,12 +34,12 @@ _NO_LAUNCH = ("Broadcast", "Depends", "ExpandDims", "Full", "Reshape", "Slice", 
 _NODE = re.compile(r'\{ (\d+) \[label ="([^"]*)"')
 
 
-def count_launches(config: ModelConfig, max_tokens: int, *, with_kernels: bool, compiled: bool) -> Counter[str]:
+def count_launches(config: ModelConfig, max_tokens: int, *, with_kernels: bool) -> Counter[str]:
     """Kernels, by name, of a decode step of one sequence at a context of `max_tokens`."""
     step, arrays = decode_step(config, max_tokens)
     with _as_on_metal(with_kernels) as opaque, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.dot"
-        mx.export_to_dot(str(path), *(mx.compile(step) if compiled else step)(arrays))
+        mx.export_to_dot(str(path), *mx.compile(step)(arrays))
         names = dict(_NODE.findall(path.read_text(encoding="utf-8"))).values()
     fused = ("elementwise, fused" if name.startswith("Compiled") else name for name in names)
     return Counter([*(name for name in fused if name not in _NO_LAUNCH), *opaque])
@@ -123,12 +123,10 @@ def _as_on_metal(with_kernels: bool) -> Iterator[list[str]]:
 
 def main() -> None:
     config = plan_config("4b", "clsa", 131072)
-    for compiled in (False, True):
-        for with_kernels in (False, True):
-            counts = count_launches(config, 131072, with_kernels=with_kernels, compiled=compiled)
-            how = ("kernels" if with_kernels else "plain MLX") + (", compiled" if compiled else "")
-            print(f"{how}: {counts.total()} launches a step")
-            print("   " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    for with_kernels in (False, True):
+        counts = count_launches(config, 131072, with_kernels=with_kernels)
+        print(f"{'kernels' if with_kernels else 'plain MLX'}: {counts.total()} launches a step")
+        print("   " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
 
 
 if __name__ == "__main__":

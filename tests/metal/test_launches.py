@@ -13,7 +13,8 @@ LAUNCHES = {
     "clsa_sliding_attention": 16,
     "clsa_gather_attention": 16,
     "clsa_combine": 32,
-    "clsa_rope": 32,
+    "clsa_norm_rope": 32,
+    "clsa_add_rms_norm": 64,
     "clsa_select_scores": 1,
     "clsa_select_candidates": 1,
     "clsa_select_threshold": 1,
@@ -26,12 +27,12 @@ def test_launches_of_a_decode_step_of_the_4b_model(capsys: pytest.CaptureFixture
     from tests.metal.launches import count_launches
 
     config = plan_config("4b", "clsa", 131072)
-    plain, ours = (count_launches(config, 131072, with_kernels=on, compiled=True) for on in (False, True))
+    plain, ours = (count_launches(config, 131072, with_kernels=on) for on in (False, True))
     with capsys.disabled():
         print(f"\nlaunches of a 4B decode step at 128K: {plain.total()} by plain MLX, {ours.total()} with kernels")
     assert {name: count for name, count in ours.items() if name.startswith("clsa_")} == LAUNCHES
     assert ours["fill of outputs"] == 1
-    assert ours.total() < 0.55 * plain.total()
+    assert ours.total() < 0.5 * plain.total()
 
 
 def test_mlx_accepts_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,22 +55,3 @@ def test_mlx_accepts_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = [event["arguments"][0] for event in events if event.get("name") == "CustomKernel"]
     found = {name: sum(text.startswith(f"custom_kernel_{name}_") for text in launched) for name in LAUNCHES}
     assert found == LAUNCHES and len(launched) == sum(LAUNCHES.values())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_mlx_accepts_the_fused_norms(dtype: str) -> None:
-    import mlx.core as mx
-
-    from clsa_mlx.kernels.add_rms_norm import add_rms_norm
-    from clsa_mlx.kernels.load import load
-    from clsa_mlx.kernels.rope import norm_rope
-
-    load.cache_clear()
-    x, weight, frequencies = (mx.zeros(shape, getattr(mx, dtype)) for shape in ((1, 4, 128), (128,), (64,)))
-
-    def both(x: mx.array, weight: mx.array, positions: mx.array, frequencies: mx.array) -> list[mx.array]:
-        return [norm_rope(x, weight, 1e-6, positions, frequencies), *add_rms_norm(x[0], x[0], weight, 1e-6)]
-
-    events: list[dict[str, Any]] = []
-    mx.export_function(events.append, both, x, weight, mx.zeros(1, mx.int32), frequencies.astype(mx.float32))
-    assert sum(event.get("name") == "CustomKernel" for event in events) == 2

@@ -12,7 +12,7 @@ from tests.metal.test_gather_attention import (
 )
 from tests.metal.test_gather_attention import test_shapes as test_gather_attention_shapes
 from tests.metal.test_model import ops, test_prompts_and_decode_steps
-from tests.metal.test_rope import test_add_rms_norm, test_norm_rope, test_rope
+from tests.metal.test_norms import test_add_rms_norm, test_norm_rope
 from tests.metal.test_select import (
     test_index_dims,
     test_lengths_and_ties,
@@ -41,7 +41,6 @@ __all__ = [
     "test_only_scores_of_minus_infinity_give_zeros",
     "test_prompts_and_decode_steps",
     "test_real_scores",
-    "test_rope",
     "test_sliding_attention_shapes",
     "test_special_scores",
     "test_windows",

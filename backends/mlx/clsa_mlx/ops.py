@@ -16,7 +16,8 @@ from clsa.ops import Compute, QuantizedWeight, Weight
 from clsa_mlx import kernels
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import fused, on_gpu
-from clsa_mlx.kernels.rope import rope as launch_rope
+from clsa_mlx.kernels.add_rms_norm import add_rms_norm as launch_add_rms_norm
+from clsa_mlx.kernels.norm_rope import norm_rope as launch_norm_rope
 from clsa_mlx.quantized import quantized_linear, quantized_rows
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
@@ -128,8 +129,6 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
     # mx.fast.rope would take the positions as offsets, but its kernel uses fast sines, which drift at large angles.
     half = x.shape[-1] // 2
-    if kernels.enabled:
-        return launch_rope(x, positions, _frequencies(half, theta))
     angles = positions.astype(mx.float32)[:, None, None] * _frequencies(half, theta)  # [T, 1, D / 2]
     cos, sin = mx.cos(angles), mx.sin(angles)
     first, second = x[..., :half], x[..., half:]  # float32 below: the angles are
@@ -138,11 +137,15 @@ def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
 
 
 def add_rms_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    if kernels.enabled:
+        return launch_add_rms_norm(x, y, weight, eps)
     total = x + y
     return total, rms_norm(total, weight, eps)
 
 
 def norm_rope(x: mx.array, weight: mx.array, eps: float, positions: mx.array, theta: float) -> mx.array:
+    if kernels.enabled:
+        return launch_norm_rope(x, weight, eps, positions, _frequencies(x.shape[-1] // 2, theta))
     return rope(rms_norm(x, weight, eps), positions, theta)
 
 
