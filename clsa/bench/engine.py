@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from clsa.bench.random_arrays import random_state
-from clsa.config import PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams
+from clsa.config import MAX_TOKENS, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams
 from clsa.engine import Engine
 from clsa.errors import ClsaError
 from clsa.ops import Memory, Ops, State, Window
@@ -79,27 +79,12 @@ def decoding_engine(
     before. It has `pages` pages, perhaps fewer than the sequences; then they share some. The state must not be used
     again.
     """
-    logical = len(contexts) * num_pages(config.max_position_embeddings)
+    step = max(2048, 4 * len(contexts))
+    slots = len(contexts)
     engine = make_engine(
-        _handing_out(ops, state),
-        params,
-        config,
-        dtype,
-        pages=pages,
-        slots=len(contexts),
-        tokens_per_step=max(2048, 4 * len(contexts)),
+        _handing_out(ops, state), params, config, dtype, pages=pages, slots=slots, tokens_per_step=step
     )
-    scheduler = _PlacedScheduler(
-        np.random.default_rng(5).permutation(pages).tolist(),
-        num_pages=max(logical, pages),
-        num_slots=len(contexts),
-        num_snapshots=0,
-        max_tokens_per_step=1 << 20,
-        max_model_len=config.max_position_embeddings,
-        window=config.sliding_window if make_plan(config).num_windows else 0,
-        max_waiting=len(contexts),
-        max_cached_pages=0,
-    )
+    scheduler = _PlacedScheduler(config, pages, slots, step)
     engine.scheduler = scheduler
     for i, context in enumerate(contexts):
         params_ = SamplingParams(max_tokens=config.max_position_embeddings - context, ignore_eos=True)
@@ -111,17 +96,28 @@ def decoding_engine(
 class _PlacedScheduler(Scheduler):
     """The scheduler, with its pages at random places of a memory that may have fewer of them."""
 
-    def __init__(self, places: Sequence[int], **sizes: Any) -> None:
-        super().__init__(**sizes)
-        self._places = places
+    def __init__(self, config: ModelConfig, pages: int, slots: int, tokens_per_step: int) -> None:
+        super().__init__(
+            num_pages=max(pages, slots * num_pages(config.max_position_embeddings)),
+            num_slots=slots,
+            num_snapshots=0,
+            max_tokens_per_step=tokens_per_step,
+            max_model_len=config.max_position_embeddings,
+            window=config.sliding_window if make_plan(config).num_windows else 0,
+            max_waiting=slots,
+            max_cached_pages=0,
+        )
+        self._places = np.random.default_rng(5).permutation(pages).tolist()
         self._placed: dict[str, int] = {}
 
     def skip_prompts(self) -> None:
-        """Go through all prompts as if their steps had been run."""
-        while self.num_waiting or any(r.num_total - r.num_computed > 1 for r in self._running):
-            plan = super().schedule()
-            assert plan is not None  # the whole prompt fits
-            self.complete(plan, [0] * sum(chunk.wants_logits for chunk in plan.chunks))
+        """Go through all prompts in one plan, as if its step had been run."""
+        budget, self._max_tokens = self._max_tokens, MAX_TOKENS * self._state.num_slots
+        plan = super().schedule()
+        self._max_tokens = budget
+        if plan is None or not all(chunk.wants_logits for chunk in plan.chunks) or self.num_waiting:
+            raise AssertionError("every prompt fits the memory and the step, so all of them are done at once")
+        self.complete(plan, [0] * len(plan.chunks))
 
     def schedule(self) -> StepPlan | None:
         plan = super().schedule()

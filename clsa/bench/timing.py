@@ -18,7 +18,8 @@ Call = Callable[[int], Any]  # run(i): start the work on the i-th set of inputs,
 HOST_CLOCK = "host clock, many calls per synchronisation"
 _SAMPLE_SECONDS = 0.02  # of calls between two synchronisations
 _MIN_SAMPLES, _MAX_SAMPLES = 3, 200
-_MATRIX_BYTES = 64 << 20
+_MATRIX_BYTES = (64 << 20, 512 << 20)  # at least and at most; between them a share of the free memory
+_MATRIX_SHARE = 1 / 256
 _MATRIX_WIDTH = 4096
 _LONG_SECONDS = 0.02  # for one matrix product
 
@@ -115,9 +116,9 @@ def measure_ceilings(ops: Ops, stopwatch: Stopwatch, dtype: str) -> Ceilings:
     Ways to read: a product with 1 and with 8 rows, which reads a matrix and returns next to nothing; a sum of a matrix
     with itself, which writes as many bytes as it reads once. All inputs are random.
     """
-    rows = _MATRIX_BYTES // (_MATRIX_WIDTH * ops.itemsize(dtype))
-    free = ops.memory_stats()["free"]
-    count = max(2, min(8, int(0.1 * free) // _MATRIX_BYTES))
+    free, (low, high) = ops.memory_stats()["free"], _MATRIX_BYTES
+    size = min(high, max(low, int(_MATRIX_SHARE * free)))
+    rows, count = size // (_MATRIX_WIDTH * ops.itemsize(dtype)), 4
     source = RandomRows(ops, _MATRIX_WIDTH, dtype, seed=7)
     matrices: Sequence[Array] = [source.matrix(rows) for _ in range(count)]
     some = {n: source.take(n) for n in (1, 8)}

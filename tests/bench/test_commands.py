@@ -256,7 +256,7 @@ def test_a_device_timer_is_used_and_named() -> None:
 
 
 def test_ceilings_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_MATRIX_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "_MATRIX_BYTES", (1 << 20, 1 << 20))
     got = timing.measure_ceilings(spec, timing.Stopwatch(spec, None, 0.001), "float32")
     assert 1e7 < got.read < 1e14 and 1e7 < got.matmul < 1e16
     assert got.read_by in ("linear, 1 row", "linear, 8 rows", "x + x")
