@@ -186,7 +186,6 @@ class ModelConfig:
         required = {f.name for f in fields(cls) if _is_required(f)} | {"model_type"}
         if missing := sorted(required - set(data)):
             raise ConfigError(f"config key {', '.join(map(repr, missing))} is missing")
-        values = dict(data)
         if (quantization := values.get("quantization")) is not None:
             values["quantization"] = _quantization(quantization)
         return cls(**values)
@@ -211,9 +210,11 @@ def _is_required(f: Any) -> bool:
 
 
 def _quantization(data: object) -> Quantization:
-    if not isinstance(data, Mapping) or set(data) - {"group_size", "bits"}:
+    if not isinstance(data, Mapping) or set(data) - {"group_size", "bits", "mode"}:
         raise ConfigError(f"quantization must be an object with group_size and bits, got {show(data)}")
-    return Quantization(**data)
+    if data.get("mode", "affine") != "affine":  # mlx-lm names the one mode that scales and biases are
+        raise ConfigError(f"quantization.mode must be 'affine', got {show(data['mode'])}; convert the model again")
+    return Quantization(**{key: value for key, value in data.items() if key != "mode"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

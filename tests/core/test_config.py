@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsa.config import EngineConfig, ModelConfig, SamplingParams
+from clsa.config import EngineConfig, ModelConfig, Quantization, SamplingParams
 from clsa.errors import ConfigError, RequestError
 
 GOOD: dict[str, Any] = {
@@ -175,3 +175,13 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 def test_wrong_engine_values(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         EngineConfig(**values)
+
+
+def test_what_the_converter_of_mlx_lm_writes_is_accepted() -> None:
+    data = {**GOOD, "quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
+    for extra in ({}, {"quantization_config": data["quantization"]}):
+        assert ModelConfig.from_dict({**data, **extra}).quantization == Quantization(group_size=64, bits=4)
+    with pytest.raises(ConfigError, match="quantization_config"):
+        ModelConfig.from_dict({**data, "quantization_config": {"group_size": 32, "bits": 4}})
+    with pytest.raises(ConfigError, match="mode must be 'affine'"):
+        ModelConfig.from_dict({**data, "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}})

@@ -35,13 +35,13 @@ class LinearTiles:
 
 
 def linear_tiles(out_size: int, in_size: int, device: Limits) -> LinearTiles:
-    """A few programs for every multiprocessor, each with several tiles of K in flight."""
+    """One program or two for every multiprocessor, each with several tiles of K in flight (docs/log.md)."""
     block_n, block_k = 64, 128
     tiles = triton.cdiv(out_size, block_n)
     splits = 1
-    while tiles * splits < 2 * device.sm_count and splits < 16 and in_size // (2 * splits) >= 4 * block_k:
+    while tiles * splits < device.sm_count and splits < 16 and in_size // (2 * splits) >= 4 * block_k:
         splits *= 2
-    return LinearTiles(block_n, block_k, splits, num_warps=4, num_stages=5)
+    return LinearTiles(block_n, block_k, splits, num_warps=4, num_stages=4)
 
 
 @triton.jit
