@@ -180,7 +180,10 @@ class ModelConfig:
             raise ConfigError(f"a model config must be a JSON object, got {type(data).__name__}")
         if (model_type := data.get("model_type")) not in (None, "clsa"):
             raise ConfigError(f"model_type must be 'clsa', got {show(model_type)}")
-        if unknown := sorted(show(k) for k in set(data) - {f.name for f in fields(cls)}):
+        values = dict(data)
+        if "quantization_config" in values and values["quantization_config"] == values.get("quantization"):
+            del values["quantization_config"]  # mlx-lm's converter writes the same thing under both names
+        if unknown := sorted(show(k) for k in set(values) - {f.name for f in fields(cls)}):
             names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise ConfigError(f"unknown config key {names}; remove it or check its spelling")
         required = {f.name for f in fields(cls) if _is_required(f)} | {"model_type"}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from clsa_cuda.kernels.linear import LinearTiles, linear, linear_tiles
 from clsa_cuda.kernels.tiles import limits
 
@@ -38,7 +39,7 @@ def variants(out_size: int, in_size: int) -> list[LinearTiles]:
         programs = -(-out_size // block_n) * splits
         shared = block_n * block_k * 2 * (stages - 1)
         if (
-            130 <= programs
+            programs >= 130
             and (programs <= 1100 or splits == 1)
             and shared <= 160 << 10
             and in_size // splits >= block_k
