@@ -93,7 +93,7 @@ WRONG: list[tuple[str, Any]] = [
     ("quantization", {"group_size": True}),
     ("quantization", {"bits": [4]}),
     ("quantization", {"bits": 5}),
-    ("quantization", {"mode": "affine"}),
+    ("quantization", {"mode": "mxfp4"}),
 ]
 
 

@@ -34,8 +34,7 @@ if not _MISSING:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
         _let_numpy_2_4_count()
-
-DEVICE = "cuda:0" if not _MISSING and torch.cuda.is_available() else "cpu"
+    DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 collect_ignore_glob = ["test_*.py"] if _MISSING else []
 
 

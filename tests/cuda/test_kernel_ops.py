@@ -26,17 +26,17 @@ def test_a_whole_step(kernel_ops: Ops, name: str) -> None:
     step = layout(rng, STEPS[name])
     num_tokens = len(step.positions)
     q, k, v = (normal(rng, num_tokens, heads, 16, dtype="float32") for heads in (4, 2, 2))
-    kv = [normal(rng, step.num_rows, 2, 16, dtype="float32") for _ in range(2)]
-    ring = [normal(rng, step.num_slots * 8, 2, 16, dtype="float32") for _ in range(2)]
+    keys, values = (normal(rng, step.num_rows, 2, 16, dtype="float32") for _ in range(2))
+    ring_k, ring_v = (normal(rng, step.num_slots * 8, 2, 16, dtype="float32") for _ in range(2))
     q_idx, k_idx = (rng.integers(-2, 3, (n, 8)).astype(np.float32) for n in (num_tokens, step.num_rows))
     results = []
     for ops in (kernel_ops, spec):
-        memory = filled_memory(ops, *kv, k_idx, "float32")
+        memory = filled_memory(ops, keys, values, k_idx, "float32")
         queries = step.queries(ops)
         tokens = ops.asarray(q)
         index = ops.asarray(q_idx)
         selection = ops.select(index, memory, queries, 20, 1)
-        own, window = (ops.asarray(k), ops.asarray(v)), filled_window(ops, *ring, 8, "float32")
+        own, window = (ops.asarray(k), ops.asarray(v)), filled_window(ops, ring_k, ring_v, 8, "float32")
         results.append(
             (
                 arrays(ops, selection) + arrays(ops, ops.select(index, memory, queries, 20, 4)),

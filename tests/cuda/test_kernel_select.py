@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("scores", SPECIAL.values(), ids=SPECIAL.keys())
 @pytest.mark.parametrize("k", [16, 300])
-def test_special_scores(ops: Ops, dtype: str, scores, k: int) -> None:  # type: ignore[no-untyped-def]
+def test_special_scores(ops: Ops, dtype: str, scores: Any, k: int) -> None:
     """The index has one dimension, so that a score is the key itself."""
     rng = np.random.default_rng(1)
     step = layout(rng, [Chunk(n - 1, 1) for n in (700, 1, 300, 65)])

@@ -87,7 +87,7 @@ def test_tokens_that_are_still_on_the_device(backend: str, padded: bool) -> None
     Also in the shapes that a backend gets which records its steps.
     """
     padding = Padding(open_ops(backend))
-    ahead = Device(padding if padded else open_ops(backend))  # type: ignore[arg-type]  # Padding delegates
+    ahead = Device(padding if padded else open_ops(backend))
     one_by_one = Device(open_ops(backend))
     order = [(0, 1, 2), (1, 2, 0), (1, 2, 0), (1, 2, 0)]  # requests by row
     pending = [(None, None, None), (0, 1, 2), (2, 0, 1), (2, 0, 1)]  # rows by request

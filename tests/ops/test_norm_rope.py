@@ -61,8 +61,8 @@ def test_a_padded_row_does_not_touch_the_others(ops: Ops, dtype: str) -> None:
 def test_add_rms_norm(ops: Ops, dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     x, y, weight = (normal(rng, *size, dtype=dtype) for size in (shape, shape, shape[1:]))
-    total, normed = ops.add_rms_norm(*(ops.asarray(a) for a in (x, y, weight)), 1e-6)
-    want_total, want = spec.add_rms_norm(*(spec.asarray(a) for a in (x, y, weight)), 1e-6)
+    total, normed = ops.add_rms_norm(ops.asarray(x), ops.asarray(y), ops.asarray(weight), 1e-6)
+    want_total, want = spec.add_rms_norm(spec.asarray(x), spec.asarray(y), spec.asarray(weight), 1e-6)
     assert_close("swiglu", dtype, host(ops, total, dtype), want_total, shape)
     assert_close("norm_rope", dtype, host(ops, normed, dtype), want, shape)
 
