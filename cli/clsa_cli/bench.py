@@ -49,9 +49,7 @@ def _settings(
         str, typer.Option(help="Layer plans, with commas between.", rich_help_panel=_WHAT)
     ] = "transformer,yoco,dsa,indexcache,clsa",
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of a prefill step.", rich_help_panel=_WHAT)] = 2048,
-    peers: Annotated[
-        bool, typer.Option("--peers/--no-peers", help="Also time installed dense models.", rich_help_panel=_WHAT)
-    ] = True,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time peers too.", rich_help_panel=_WHAT)] = True,
     seconds: Annotated[float, typer.Option(help="Seconds for each figure.", rich_help_panel=_HOW)] = 2.0,
 ) -> Bench:
     from clsa.bench.bench import Bench, Settings
@@ -243,7 +241,7 @@ def _cell(value: Any, column: Column) -> str:
 
 def _footer(report: Report) -> Sequence[str]:
     facts, machine = report.facts, report.facts["machine"]
-    lines = [f"{machine['device']}; {machine['host']}"]
+    lines = [f"{machine['device']}; {machine['host']}, load average {machine['load_average']}"]
     if "dtype" in facts:
         lines.append(f"{facts['sizes']}, {facts['dtype']}, weights {facts['weights']}; state is random data")
     if ceilings := facts.get("ceilings"):

@@ -41,11 +41,12 @@ class Report:
 
 
 def machine(ops: Ops | None) -> Row:
-    """What it ran on, in words that name no computer."""
+    """What it ran on, in words that name no computer, and how busy the host was before."""
     return {
         "device": "host" if ops is None else ops.device,
         "backend": None if ops is None else ops.name,
         "host": f"{os.cpu_count()} {platform.machine().replace('_', '-')} cores, {platform.system()}",
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
