@@ -249,4 +249,8 @@ def _footer(report: Report) -> Sequence[str]:
             f"ceilings: read {ceilings['read_bytes_per_second'] / 1e9:,.1f} GB/s (by {ceilings['read_by']}), "
             f"matrix products {ceilings['matmul_flop_per_second'] / 1e12:,.3f} TFLOP/s"
         )
+    if any((row.get("floor_share") or 0) > 1 for row in report.rows):
+        lines.append(
+            "of floor above 100%: the data fit a cache, or the host was busier when its ceilings were measured"
+        )
     return lines
