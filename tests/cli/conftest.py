@@ -47,6 +47,8 @@ def start() -> Start:
 
     def start(*args: str, fake: str = "FakeLLM()", **options: Any) -> subprocess.Popen[bytes]:
         code = (
+            # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+            "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "import clsa\nfrom tests.cli.fake import FakeLLM\nfrom clsa_cli.main import main\n"
             f"clsa.load = {fake}.load\nmain()"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import time
 
@@ -106,7 +107,8 @@ class Terminal:
     def wait_for(self, words: bytes) -> None:
         deadline = time.monotonic() + 20
         while words not in self.seen:
-            assert time.monotonic() < deadline, f"{words!r} did not come, only {self.seen!r}"
+            ready, _, _ = select.select([self.side], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{words!r} did not come, only {self.seen!r}"
             self.seen += os.read(self.side, 4096)
         self.seen = self.seen.split(words, 1)[1]
 
