@@ -60,11 +60,15 @@ def load(
     checkpoint = open_checkpoint(resolve(model, offline=offline))
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     ops, why = load_backend(backend, device)
-    if dtype is None:
-        dtype = "float32" if ops.device.startswith("cpu") else checkpoint.config.torch_dtype
+    dtype = dtype or default_dtype(ops, checkpoint.config)
     if checkpoint.config.quantization is not None and not ops.keeps_quantized:
         why += f"; quantised weights are expanded to {dtype} at load"
     return LLM(ops, checkpoint, tokenizer, dtype, engine or EngineConfig(), why)
+
+
+def default_dtype(ops: Ops, config: ModelConfig) -> str:
+    """The dtype that `load` takes if none is asked for."""
+    return "float32" if ops.device.startswith("cpu") else config.torch_dtype
 
 
 class LLM:
@@ -223,8 +227,8 @@ class LLM:
         return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer)
 
     def stats(self) -> dict[str, int]:
-        """Counters of the engine: running, waiting, pages_total, pages_free, prefix_tokens_hit, preemptions, ..."""
-        return self._engine.stats()
+        """Counters (running, waiting, pages_free, prefix_tokens_hit, preemptions, ...) and the memory plan in bytes."""
+        return self._engine.stats() | self._engine.sizes.stats()
 
     def close(self) -> None:
         """Let go of weights and state; the object must not be used again."""

@@ -190,6 +190,7 @@ class Ops(Protocol):
 
     name: str  # "numpy", "mlx", "cuda"
     device: str  # what it computes on, in words a user reads
+    temporary_bytes: int  # what one op may take beside its arguments and its result, whatever their sizes
     keeps_quantized: bool  # whether a quantised weight stays one on the device; if not, it becomes a dense one
 
     # -- arrays ------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from clsa.weights import weight_bytes
 MAX_ROWS = (1 << 31) - 1  # of a memory or a window: rows are int32
 MAX_EMPTY_PAGES = 1 << 20  # of a model without a memory: pages cost nothing on the device, but a list on the host
 SNAPSHOTS_PER_SEQUENCE = 4
+ACTIVATION_BYTES = 8  # of a number on its way: in float32, and once more while an op makes the next of it
+SAMPLING_BYTES = 64  # of a logit: itself, its noise (integers of 8 bytes on some backends), sorted copies for filters
+TEMPORARIES = 6  # arrays of the largest size that an op holds at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,27 @@ class Sizes:
     num_snapshots: int
     num_cached_pages: int  # of the pages, how many the prefix cache may keep
     num_bytes: int  # of all state together
+    weight_bytes: int = 0
+    step_bytes: int = 0  # what a step may take beside weights and state
+
+    def stats(self) -> dict[str, int]:
+        """The plan as `LLM.stats` and `clsa info` show it; pages, slots and snapshots are counted by the scheduler."""
+        return {
+            "max_model_len": self.max_model_len,
+            "max_tokens_in_memory": self.num_pages * PAGE_SIZE,
+            "max_tokens_cached": self.num_cached_pages * PAGE_SIZE,
+            "weight_bytes": self.weight_bytes,
+            "state_bytes": self.num_bytes,
+            "step_bytes": self.step_bytes,
+        }
 
 
 def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
     """Size the state from `engine` and the memory that the weights, not loaded yet, will leave free.
 
-    Rings for every running sequence come first, then the prefix cache's snapshots, then pages: as many as
-    `max_num_seqs` sequences of `max_model_len` can use, or `max_tokens_in_memory`, within the budget. Raises
-    ConfigError, with the sizes, if what was asked cannot fit.
+    A step's own buffers are set aside. Of the rest the state gets `memory_fraction`: rings for every running sequence
+    first, then the prefix cache's snapshots, then pages: as many as `max_num_seqs` sequences of `max_model_len` can
+    use, or `max_tokens_in_memory`. Raises ConfigError, with the sizes, if what was asked cannot fit.
     """
     config = plan.config
     max_model_len = engine.max_model_len or config.max_position_embeddings
@@ -41,8 +57,9 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
         raise ConfigError(
             f"max_model_len must be at most the model's {config.max_position_embeddings} positions, got {max_model_len}"
         )
+    weights, step = weight_bytes(ops, config, dtype), step_bytes(ops, plan, engine, max_model_len)
+    budget = _budget(ops, dtype, engine, weights, step)
     page_bytes, ring_bytes = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, 1)
-    budget = int(_free_beside_weights(ops, plan, dtype) * engine.memory_fraction)
     rings = engine.max_num_seqs * ring_bytes
     snapshots = _num_snapshots(plan, engine, ring_bytes, budget - rings)
     tokens = engine.max_tokens_in_memory or engine.max_num_seqs * max_model_len
@@ -54,8 +71,8 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
     num_bytes = rings + snapshots * ring_bytes + pages * page_bytes
     if num_bytes > budget:
         raise ConfigError(
-            f"the state needs {num_bytes:,} bytes and {budget:,} may be used ({engine.memory_fraction:.0%} of what the "
-            f"weights leave free on {ops.device}); lower max_num_seqs or max_tokens_in_memory"
+            f"the state needs {num_bytes:,} bytes and {budget:,} may be used ({engine.memory_fraction:.0%} of what "
+            f"weights and a step leave free on {ops.device}); lower max_num_seqs or max_tokens_in_memory"
         )
     if engine.max_num_seqs * config.sliding_window > MAX_ROWS and ring_bytes:
         raise ConfigError(
@@ -65,17 +82,46 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
     cached = pages
     if page_bytes:
         cached = min(pages, (engine.prefix_cache_bytes - snapshots * ring_bytes) // page_bytes)
-    return Sizes(max_model_len, pages, engine.max_num_seqs, snapshots, cached, num_bytes)
+    return Sizes(max_model_len, pages, engine.max_num_seqs, snapshots, cached, num_bytes, weights, step)
 
 
-def _free_beside_weights(ops: Ops, plan: Plan, dtype: str) -> int:
-    weights, free = weight_bytes(ops, plan.config, dtype), ops.memory_stats()["free"]
+def _budget(ops: Ops, dtype: str, engine: EngineConfig, weights: int, step: int) -> int:
+    """Bytes that the state may take."""
+    free = ops.memory_stats()["free"]
     if weights > free:
         raise ConfigError(
             f"the weights need {weights:,} bytes in {dtype} and {free:,} are free on {ops.device}; "
             "use a shorter dtype or a larger device"
         )
-    return free - weights
+    if weights + step > free:
+        raise ConfigError(
+            f"the buffers of a step need {step:,} bytes and the weights leave {free - weights:,} free on {ops.device}; "
+            "lower max_tokens_per_step or max_num_seqs"
+        )
+    return int((free - weights - step) * engine.memory_fraction)
+
+
+def step_bytes(ops: Ops, plan: Plan, engine: EngineConfig, max_model_len: int) -> int:
+    """A bound on what a step takes beside weights and state: activations, logits, sampling, temporaries of its ops."""
+    c, tokens = plan.config, engine.max_tokens_per_step
+    rows = min(engine.max_num_seqs, tokens)  # those behind the prefill exit
+    heads, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    width = 6 * c.hidden_size + 4 * heads + 4 * keys + 3 * c.intermediate_size
+    activations = tokens * width * ACTIVATION_BYTES
+    sampling = rows * c.vocab_size * SAMPLING_BYTES
+    largest = 0  # of the arrays that an op would make if nothing bounded them
+    for i, layer in enumerate(plan.layers):
+        queries = tokens if i < plan.exit_layer or layer.window is not None else rows
+        if layer.window is not None:
+            seen = min(2 * c.sliding_window + 128, c.sliding_window + tokens)
+            largest = max(largest, queries * c.num_attention_heads * seen * 4)
+        if layer.route == "F":
+            largest = max(largest, queries * max_model_len * 8)
+        if layer.route == "D":
+            largest = max(largest, queries * max(c.num_attention_heads * max_model_len * 4, keys * max_model_len * 4))
+        if layer.route in ("F", "S"):
+            largest = max(largest, queries * c.index_topk * keys * 4)
+    return activations + sampling + min(ops.temporary_bytes, TEMPORARIES * largest)
 
 
 def _num_snapshots(plan: Plan, engine: EngineConfig, ring_bytes: int, left: int) -> int:

@@ -36,6 +36,7 @@ from clsa.quantization import dequantize
 
 name = "numpy"
 device = "cpu (NumPy float64, the specification)"
+temporary_bytes = 1 << 28  # a query at a time
 keeps_quantized = False
 
 _NUMPY_DTYPES: dict[str, Any] = {

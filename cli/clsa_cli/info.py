@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clsa import BackendError, CheckpointError, ModelConfig, __version__
+from clsa import BackendError, CheckpointError, ConfigError, EngineConfig, ModelConfig, __version__
 from clsa_cli import options, output
 
 if TYPE_CHECKING:
     from clsa.backend import BackendInfo
     from clsa.checkpoint import Checkpoint
+    from clsa.ops import Ops
 
 
 def info(
@@ -21,16 +22,19 @@ def info(
     ] = None,
     backend: options.Backend = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    max_memory: options.MaxTokensInMemory = None,
 ) -> None:
     """Show a model's sizes and what its state costs, and what each backend would do on this machine."""
-    facts = {"version": __version__, "model": _model(model), **_backends(backend)}
+    checkpoint, described = _model(model)
+    ops, found = _backends(backend)
+    facts = {"version": __version__, "model": described, **found, "plan": _plan(ops, checkpoint, max_memory)}
     if json:
         output.write_json(facts)
     else:
         _show(facts)
 
 
-def _model(name: str | None) -> dict[str, Any] | None:
+def _model(name: str | None) -> tuple[Checkpoint | None, dict[str, Any] | None]:
     from clsa.checkpoint import open_checkpoint
     from clsa.hub import resolve
 
@@ -40,8 +44,9 @@ def _model(name: str | None) -> dict[str, Any] | None:
         if name is not None:
             raise
         output.note(f"no model: {error}")
-        return None
-    return _sizes(name or "demo", folder, open_checkpoint(folder))
+        return None, None
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, _sizes(name or "demo", folder, checkpoint)
 
 
 def _sizes(name: str, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def _sizes(name: str, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _backends(name: str) -> dict[str, Any]:
+def _backends(name: str) -> tuple[Ops | None, dict[str, Any]]:
     from clsa.backend import backends, load_backend
 
     found = backends()
@@ -71,10 +76,27 @@ def _backends(name: str) -> dict[str, Any]:
         raise BackendError(f"backend must be 'auto' or one of {', '.join(b.name for b in found)}, got {name!r}")
     listed = [_backend(b) for b in found if name in ("auto", b.name)]
     try:
-        choice, refusal = load_backend(name)[1], None
+        ops, choice = load_backend(name)
+        return ops, {"backends": listed, "choice": choice, "refusal": None}
     except BackendError as error:
-        choice, refusal = None, str(error)
-    return {"backends": listed, "choice": choice, "refusal": refusal}
+        return None, {"backends": listed, "choice": None, "refusal": str(error)}
+
+
+def _plan(ops: Ops | None, checkpoint: Checkpoint | None, max_memory: int | None) -> dict[str, Any] | None:
+    """How the engine would use the memory of the chosen backend's device, or why it cannot."""
+    if ops is None or checkpoint is None:
+        return None
+    from clsa.llm import default_dtype
+    from clsa.plan import make_plan
+    from clsa.sizing import plan_sizes
+
+    dtype, engine = default_dtype(ops, checkpoint.config), EngineConfig(max_tokens_in_memory=max_memory)
+    try:
+        sizes = plan_sizes(ops, make_plan(checkpoint.config), dtype, engine)
+    except ConfigError as error:
+        return {"refusal": str(error)}
+    counts = {"pages": sizes.num_pages, "slots": sizes.num_slots, "snapshots": sizes.num_snapshots}
+    return {"dtype": dtype, **counts, **sizes.stats(), "refusal": None}
 
 
 def _backend(found: BackendInfo) -> dict[str, Any]:
@@ -102,6 +124,23 @@ def _show(facts: dict[str, Any]) -> None:
         output.write(f"\nwould run: {output.one_line(facts['choice'])}\n")
     else:
         output.error(facts["refusal"])
+    if facts["plan"] is not None:
+        output.facts(_plan_rows(facts["plan"]))
+
+
+def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    if plan["refusal"] is not None:
+        return [("memory", plan["refusal"])]
+    weights, state, step = (output.size(plan[name]) for name in ("weight_bytes", "state_bytes", "step_bytes"))
+    return [
+        ("memory", f"{weights} of weights, {state} of state ({plan['dtype']}), up to {step} for a step"),
+        (
+            "holds",
+            f"{output.count(plan['max_tokens_in_memory'], 'token')} in {output.count(plan['pages'], 'page')}, "
+            f"{plan['max_tokens_cached']:,} of them for prefixes; {output.count(plan['slots'], 'sequence')} at a time, "
+            f"{output.count(plan['snapshots'], 'snapshot')} of windows",
+        ),
+    ]
 
 
 def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clsa import BackendError, CheckpointError, backend, hub
+from clsa import BackendError, CheckpointError, backend, hub, spec
 from clsa.backend import BackendInfo
 from clsa.checkpoint import save_checkpoint
 from clsa.ops import Device
@@ -27,7 +27,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> tuple[object, str]:
         if name == "toy":
             raise BackendError("backend 'toy' cannot run here: ImportError: no toy")
-        return object(), f"mlx on cpu (asked for {name})"
+        return spec, f"mlx on cpu (asked for {name})"
 
     monkeypatch.setattr(backend, "backends", lambda: FOUND)
     monkeypatch.setattr(backend, "load_backend", load)
@@ -79,8 +79,24 @@ def test_a_person_reads_the_same(run: Run, folder: Path) -> None:
         "numpy cpu yes NumPy [float64]",
         "toy - no ImportError: no toy",
         "would run: mlx on cpu (asked for auto)",
+        "of weights, 6.6 MB of state (float32), up to",
+        "holds 16,384 tokens in 256 pages, 16,384 of them for prefixes; 32 sequences at a time, 128 snapshots",
     ):
         assert part in words
+
+
+def test_the_memory_plan(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["info", "--model", str(folder), "--json", "--max-tokens-in-memory"]
+    plan = json.loads(run(*command, "1000").stdout)["plan"]
+    assert (plan["max_tokens_in_memory"], plan["pages"], plan["slots"], plan["refusal"]) == (1024, 16, 32, None)
+    assert plan["state_bytes"] == 8 * ((32 + 128) * 2 * 16 * 2 * 2 * 8 + 1024 * (2 * 2 * 8 + 8))
+    monkeypatch.setattr(spec, "memory_stats", lambda: {"free": 50_000_000})
+    assert (
+        "lower max_num_seqs or max_tokens_in_memory"
+        in json.loads(run(*command, f"{1 << 32}").stdout)["plan"]["refusal"]
+    )
+    shown = " ".join(run("info", "--model", str(folder), "--max-tokens-in-memory", f"{1 << 32}").stdout.split())
+    assert "memory the state needs" in shown
 
 
 @pytest.mark.usefixtures("no_demo")

@@ -18,6 +18,7 @@ from clsa.ops import Compute, Device, Memory, Queries, Sampled, SamplingBatch, S
 PAGE = 64
 name = "toy"
 device = "cpu (the toy of the tests)"
+temporary_bytes = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from clsa.errors import ConfigError, RequestError
 from clsa.ops import Ops
 from clsa.params import num_parameters
 from clsa.plan import make_plan
-from clsa.sizing import MAX_ROWS, Sizes, plan_sizes
+from clsa.sizing import MAX_ROWS, Sizes, plan_sizes, step_bytes
 from tests.engine import models
 from tests.engine.models import CONFIG, CROSS, FULL, SLIDING
 
@@ -25,7 +25,7 @@ WEIGHTS = num_parameters(CONFIG)
 class Budget:
     """Ops that have so many bytes free and refuse to allocate any."""
 
-    device = "a device of the tests"
+    device, temporary_bytes = "a device of the tests", 1 << 20
 
     def __init__(self, free: int, itemsize: int = 4) -> None:
         self.free, self._itemsize = free, itemsize
@@ -56,15 +56,29 @@ def test_plenty_of_memory() -> None:
 @pytest.mark.parametrize("spare", [0, 1, 100_000, 10_000_000])
 def test_the_state_stays_within_its_share(itemsize: int, max_num_seqs: int, spare: int) -> None:
     least = itemsize * (max_num_seqs * RING + PAGE_SIZE * TOKEN)  # a window each and one page
-    free = itemsize * WEIGHTS + 2 * (least + spare)
-    got = sizes(free, itemsize=itemsize, max_num_seqs=max_num_seqs, memory_fraction=0.5)
+    others = itemsize * WEIGHTS + step(max_num_seqs)
+    engine: dict[str, Any] = {"itemsize": itemsize, "max_num_seqs": max_num_seqs, "memory_fraction": 0.5}
+    got = sizes(others + 2 * (least + spare), **engine)
     assert got.num_pages >= 1 and got.num_bytes <= least + spare
     state = (max_num_seqs + got.num_snapshots) * RING + got.num_pages * PAGE_SIZE * TOKEN
     assert got.num_bytes == itemsize * state
+    assert got.weight_bytes + got.step_bytes == others
     full = got.num_pages == max_num_seqs * 1024 // PAGE_SIZE
     assert full or got.num_bytes + itemsize * PAGE_SIZE * TOKEN > least + spare, "no room is wasted"
     with pytest.raises(ConfigError, match=f"needs {least:,} bytes and {least - 1:,} may be used .50% of what"):
-        sizes(itemsize * WEIGHTS + 2 * least - 2, itemsize=itemsize, max_num_seqs=max_num_seqs, memory_fraction=0.5)
+        sizes(others + 2 * least - 2, **engine)
+
+
+def step(max_num_seqs: int = 32, **engine: Any) -> int:
+    ops = cast(Ops, Budget(0))
+    return step_bytes(ops, make_plan(CONFIG), EngineConfig(max_num_seqs=max_num_seqs, **engine), 1024)
+
+
+def test_what_a_step_takes_grows_with_what_it_holds() -> None:
+    assert step(1) < step(32) < step(32, max_tokens_per_step=4096)
+    few = step(4, max_tokens_per_step=8)
+    assert few < 1 << 20, "an op has no temporaries larger than its work"
+    assert step(64, max_tokens_per_step=1) == step(1, max_tokens_per_step=1), "no more rows than tokens"
 
 
 @pytest.mark.parametrize("cache", [0, 1, 4 * RING, 200_000, 1 << 30])
@@ -84,9 +98,11 @@ def refused(match: str, *args: Any, **engine: Any) -> None:
 
 def test_what_cannot_fit_is_refused() -> None:
     refused(r"the weights need [\d,]+ bytes in float32 and 1,000 are free on a device of the tests", 1000)
-    refused(r"the state needs [\d,]+ bytes and 30,000 may be used .* lower max_num_seqs", 4 * WEIGHTS + 50_000)
-    refused("the state needs", 4 * WEIGHTS + 10_000_000, max_tokens_in_memory=1 << 32)
-    refused("the state needs", 4 * WEIGHTS + 10_000_000, max_num_seqs=4096)
+    others = 4 * WEIGHTS + step()
+    refused(r"the buffers of a step need [\d,]+ bytes and the weights leave [\d,]+ free on", others - 1)
+    refused(r"the state needs [\d,]+ bytes and 30,000 may be used .* lower max_num_seqs", others + 50_000)
+    refused("the state needs", others + 10_000_000, max_tokens_in_memory=1 << 32)
+    refused("the state needs", 4 * WEIGHTS + step(4096) + 10_000_000, max_num_seqs=4096)
     refused("max_model_len must be at most the model's 1024 positions, got 1025", max_model_len=1025)
     refused("rows; lower max_num_seqs", 1 << 60, replace(CONFIG, sliding_window=1 << 20), max_num_seqs=4096)
 
@@ -107,7 +123,7 @@ def test_models_without_windows_or_without_a_memory() -> None:
     sliding = replace(CONFIG, layer_types=(SLIDING,) * 4, index_topk_pattern="", max_position_embeddings=1 << 24)
     got = sizes(config=sliding, max_num_seqs=4096)
     assert (1 << 24) // PAGE_SIZE <= got.num_pages <= 1 << 20
-    refused("the state needs", 4 * num_parameters(sliding) + 1000, sliding)
+    refused("the state needs", 4 * num_parameters(sliding) + step() + 1000, sliding)
     assert sizes(config=replace(CONFIG, layer_types=(CROSS,) * 4, index_topk_pattern="FSSS")).num_snapshots == 0
 
 
@@ -137,3 +153,30 @@ def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
     with pytest.raises(RequestError, match=r"needs 140 tokens \(100 of prompt and 40 of max_tokens\).*holds 128"):
         llm.generate([[1, 2, 3], [5] * 100], clsa.SamplingParams(max_tokens=40))
     assert llm.stats()["steps"] == 0
+
+
+def test_stats_show_the_plan() -> None:
+    llm = models.load(max_num_seqs=2, max_tokens_in_memory=640, max_model_len=300)
+    wanted = {"max_model_len": 300, "max_tokens_in_memory": 640, "max_tokens_cached": 640, "pages_total": 10}
+    stats = llm.stats()
+    assert wanted.items() <= stats.items() and stats["slots_total"] == 2 and stats["snapshots_total"] == 8
+    assert stats["state_bytes"] == 8 * (10 * RING + 640 * TOKEN)
+    assert stats["weight_bytes"] == 8 * WEIGHTS and stats["step_bytes"] > 0
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize(
+    ("layer_types", "pattern"),
+    [((SLIDING, SLIDING, CROSS, CROSS), "FS"), ((FULL,) * 4, "FFFF"), ((FULL,) * 4, "DDDD")],
+)
+def test_a_step_takes_no_more_than_was_planned(layer_types: tuple[str, ...], pattern: str) -> None:
+    import mlx.core as mx
+
+    config = replace(CONFIG, layer_types=layer_types, index_topk_pattern=pattern)
+    llm = models.load("mlx", models.folder(layer_types=layer_types, index_topk_pattern=pattern))
+    params = clsa.SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, logprobs=3, ignore_eos=True)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    llm.generate([[i % config.vocab_size for i in range(n)] for n in (900, 900, *[20] * 30)], params)
+    took, planned = mx.get_peak_memory() - before, llm.stats()["step_bytes"]
+    assert planned / 20 < took <= planned

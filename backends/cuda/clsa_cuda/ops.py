@@ -13,6 +13,7 @@ from torch import Tensor
 from clsa.hostmemory import host_memory_stats
 from clsa.ops import Compute, Memory, QuantizedWeight, Window
 from clsa_cuda import plain, state
+from clsa_cuda.attention import MAX_TEMPORARY_BYTES
 from clsa_cuda.dense_attention import dense_attention
 from clsa_cuda.gather_attention import gather_attention
 from clsa_cuda.recorder import Recorder
@@ -39,6 +40,7 @@ class TorchOps:
     """An `Ops` bound to a device ("cpu" or "cuda:N"). Arrays are `torch.Tensor`."""
 
     name = "cuda"
+    temporary_bytes = 4 * MAX_TEMPORARY_BYTES
     keeps_quantized = False
 
     def __init__(self, device: str) -> None:

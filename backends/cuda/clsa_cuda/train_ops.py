@@ -109,6 +109,7 @@ class TrainOps:
     """
 
     name = "cuda"
+    temporary_bytes = 0  # the engine alone asks
     keeps_quantized = False
 
     itemsize = staticmethod(plain.itemsize)

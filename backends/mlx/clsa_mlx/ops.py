@@ -25,6 +25,7 @@ from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, write_me
 
 name = "mlx"
 device = "cpu (MLX)"
+temporary_bytes = 256 << 20  # see clsa_mlx.blocks
 keeps_quantized = True
 
 
@@ -191,6 +192,7 @@ __all__ = [
     "swiglu",
     "take",
     "take_selection",
+    "temporary_bytes",
     "to_numpy",
     "write_memory",
     "write_window",
