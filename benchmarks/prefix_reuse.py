@@ -13,25 +13,15 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
+from random_model import random_model
+
 import clsa
-from clsa.checkpoint import find_tokenizer_files, read_config, save_checkpoint
-from clsa.hub import resolve
 from clsa.llm import LLM
-from clsa.params import init_params
 
 RESULT = Path(__file__).parent / "results" / "prefix_reuse.json"
 TARGET = 0.05
-
-
-def random_model(folder: Path, positions: int) -> Path:
-    """A checkpoint of the demo's sizes that takes so many positions."""
-    demo = resolve("demo")
-    config = replace(read_config(demo), max_position_embeddings=positions)
-    save_checkpoint(folder, config, init_params(config, 0), tokenizer_files=find_tokenizer_files(demo))
-    return folder
 
 
 def first_token_seconds(llm: LLM, prompt: list[int]) -> tuple[float, int]:
