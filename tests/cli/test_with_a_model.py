@@ -104,3 +104,23 @@ def test_info(run: Run, model: str) -> None:
     facts = json.loads(result.stdout)
     assert facts["model"]["parameters"] > 0 and facts["backends"][0]["devices"][0]["usable"]
     assert "numpy on cpu" in facts["choice"]
+
+
+@pytest.mark.mlx
+def test_the_state_of_a_prompt_in_a_file(run: Run, model: str, tmp_path: Path) -> None:
+    cache, text = str(tmp_path / "cache"), "def numbers(first, last):\n" * 12
+    common = ["generate", "--model", model, "--backend", "mlx", "--device", "cpu", "--max-tokens", "8", "--json"]
+    first = run(*common, "--prompt", text, "--save-cache", cache, "--salt", "mine")
+    assert first.exit_code == 0 and re.search(r"wrote the state of \d+ tokens", first.stderr)
+    command = [*common, "--prompt", text + "    return", "--load-cache", cache]
+    found = json.loads(run(*command, "--salt", "mine").stdout)
+    assert found["cached_tokens"] >= 64
+    assert found["text"] == json.loads(run(*command[:-2]).stdout)["text"]
+    refused = run(*command)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "was written with another salt" in refused.stderr
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text(json.dumps({"custom_id": "a", "body": {"prompt": text}}))
+    batch = ["--input", str(requests), "--output", str(results), "--load-cache", cache, "--salt", "mine"]
+    summary = json.loads(run(*common, *batch).stdout)
+    assert summary["completed"] == 1 and summary["cached_tokens"] >= 64
