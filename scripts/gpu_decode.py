@@ -102,7 +102,7 @@ class Bench:
         return self.ops.sample(logits, inputs.sampling), state
 
     def inputs(self, step: int) -> StepInputs:
-        at = self.context - 1 + step % PAGE_SIZE
+        at = self.context + step % PAGE_SIZE
         chunks = [SequenceChunk([b + 7], at, self.tables[b], b, "last") for b in range(self.batch)]
         sampling, source = pack_sampling([SamplingRow(SamplingParams(), at + 1, ()) for _ in range(self.batch)])
         return pad_decode(StepInputs(pack(chunks, self.config.sliding_window), sampling, None, source), self.pages)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa_cuda import plain
+from clsa_cuda.kernels.overlap import overlaps, wait
 from clsa_cuda.kernels.tiles import next_power_of_2
 
 _SWIGLU_BLOCK = 1024
@@ -26,8 +27,10 @@ def _rms_norm_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program t: row t."""
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     mask = c < C
@@ -55,8 +58,10 @@ def _norm_rope_kernel(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program t: all heads of token t."""
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     i = tl.arange(0, BLOCK_HALF)
@@ -79,8 +84,9 @@ def _norm_rope_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Program (t, b): block b of row t. gate and up [T, F], rows their strides apart."""
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < F
@@ -124,6 +130,8 @@ def _launch_norm(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tenso
         C=size,
         BLOCK_C=block,
         ADD=add,
+        OVERLAP=overlaps(x.device),
+        launch_pdl=overlaps(x.device),
         num_warps=max(1, min(8, block // 512)),
     )
 
@@ -146,6 +154,8 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: f
         D=head_dim,
         BLOCK_H=next_power_of_2(heads),
         BLOCK_HALF=next_power_of_2(head_dim // 2),
+        OVERLAP=overlaps(x.device),
+        launch_pdl=overlaps(x.device),
         num_warps=4,
     )
     return out
@@ -156,5 +166,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     g, u = _rows(gate), _rows(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid = (g.shape[0], triton.cdiv(g.shape[1], _SWIGLU_BLOCK))
-    _swiglu_kernel[grid](g, u, out, g.stride(0), u.stride(0), g.shape[1], BLOCK=_SWIGLU_BLOCK, num_warps=4)
+    _swiglu_kernel[grid](
+        g,
+        u,
+        out,
+        g.stride(0),
+        u.stride(0),
+        g.shape[1],
+        BLOCK=_SWIGLU_BLOCK,
+        OVERLAP=overlaps(gate.device),
+        num_warps=4,
+        launch_pdl=overlaps(gate.device),
+    )
     return out

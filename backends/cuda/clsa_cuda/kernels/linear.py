@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clsa_cuda.kernels.overlap import overlaps, prefetch, wait
 from clsa_cuda.kernels.tiles import Limits, limits, next_power_of_2
 
 MAX_ROWS = 64
+_PREFETCH = 5  # blocks of K; 80 KB of weights a program
 _MAX_TILES = 1 << 16  # output tiles of one launch, each with an arrival counter
 
 
@@ -60,6 +62,8 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # blocks of K whose weights are asked for while the kernel in front still runs
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, split): BLOCK_N outputs of all rows, over a part of K."""
     tile = tl.program_id(0)
@@ -73,6 +77,12 @@ def _linear_kernel(
     per_split: tl.constexpr = (num_blocks + SPLITS - 1) // SPLITS
     first = split * per_split
     stop = tl.minimum(first + per_split, num_blocks)
+    if OVERLAP:
+        line = tl.arange(0, BLOCK_K // 64) * 64  # 128 bytes of 16-bit weights
+        for ahead in tl.static_range(PREFETCH):
+            column = tl.minimum((first + ahead) * BLOCK_K + line, K - 1)
+            prefetch(w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + column[None, :])
+    wait(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in tl.range(first, stop, num_stages=STAGES):
         k = block * BLOCK_K + i
@@ -136,6 +146,9 @@ def linear(x: Tensor, weight: Tensor, tiles: LinearTiles | None = None) -> Tenso
         BLOCK_K=tiles.block_k,
         SPLITS=tiles.splits,
         STAGES=tiles.num_stages,
+        PREFETCH=_PREFETCH,
+        OVERLAP=overlaps(x.device),
         num_warps=tiles.num_warps,
+        launch_pdl=overlaps(x.device),
     )
     return out
