@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: a kernel gets going while the one in front of it still finishes (sm_90 and later).
+
+Every kernel that is launched with `launch_pdl` must call `wait` in all its programs before it reads what a kernel
+before it wrote, and before it writes anything at all. What no kernel writes, the weights, may be fetched earlier.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device are launched that way."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Until everything in front of this kernel is done; from here on the next kernel may get going."""
+    if OVERLAP:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines at these addresses, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
