@@ -162,7 +162,7 @@ def check_ownership(scheduler: Scheduler, requests: list[Request], page_size: in
     assert counts == pool._counts
     assert sorted(pool._free) == [page for page, count in enumerate(counts) if not count]
     assert pool.num_idle == sum(1 for entry in prefix._entries.values() if not held[entry.page])
-    assert len(prefix) <= prefix._max_pages
+    assert len(prefix) <= prefix.max_pages
     assert sorted(windows) == list(range(state.num_slots))
     assert sorted(snapshots) == list(range(state.num_slots, state.num_slots + prefix._num_snapshots))
     assert [request.key for request in scheduler._running] == sorted(request.key for request in scheduler._running)
