@@ -34,6 +34,12 @@ def close(got: Tensor, want: Tensor, case: object) -> None:
     assert error <= TOLERANCE[got.dtype], f"{case}: relative error {error:.3g} > {TOLERANCE[got.dtype]:g}"
 
 
+def several_tiles(heads: tuple[int, int, int]) -> list[AttentionTiles]:
+    if heads != HEADS[0]:
+        return [AttentionTiles(16, 3, 4, 3)]
+    return [AttentionTiles(16, splits, 4, 3, pack) for splits, pack in ((1, 1), (64, 1), (3, 2), (1, 4), (5, 4))]
+
+
 def gather_checks() -> Iterator[Check]:
     for name, dtype in DTYPES.items():
         for heads in HEADS if name == "bf16" else HEADS[:1]:
@@ -61,10 +67,9 @@ def gather(dtype: torch.dtype, heads: tuple[int, int, int], k: int, num_rows: in
     want = torch.stack([attend64(q[b], *(x[rows[b, : int(lengths[b])].long()] for x in kv)) for b in range(batch)])
     close(gather_attention.gather_attention(q, memory, selection), want, "in place")
     close(gather_attention.compact_attention(q, gather_attention.compact_rows(memory, selection)), want, "compact")
-    for splits in (1, 2, 64):
-        tiles = AttentionTiles(block_n=16, splits=splits, num_warps=4, num_stages=2)
+    for tiles in several_tiles(heads):
         for _ in range(2):
-            close(gather_attention.gather_attention(q, memory, selection, tiles), want, f"{splits} splits")
+            close(gather_attention.gather_attention(q, memory, selection, tiles), want, tiles)
 
 
 def dense_checks() -> Iterator[Check]:
@@ -87,10 +92,14 @@ def dense(dtype: torch.dtype, heads: tuple[int, int, int], lengths: list[int], c
             x[visible_rows(queries, b)] = normal(g, length, G, D, dtype=dtype)
     q = normal(g, len(lengths), H, D, dtype=dtype)
     q[queries.positions < 0] = float("nan")
-    got = dense_attention.dense_attention(q, Memory(*kv, None), queries)
+    want = []
     for b in range(len(lengths)):
         rows = visible_rows(queries, b)
-        close(got[b], attend64(q[b], kv[0][rows], kv[1][rows]) if len(rows) else torch.zeros_like(q[b]).double(), b)
+        want.append(attend64(q[b], kv[0][rows], kv[1][rows]) if len(rows) else torch.zeros_like(q[b]).double())
+    for tiles in (None, *several_tiles(heads)):
+        got = dense_attention.dense_attention(q, Memory(*kv, None), queries, tiles)
+        for b in range(len(lengths)):
+            close(got[b], want[b], (b, tiles))
 
 
 def sliding_checks() -> Iterator[Check]:
@@ -121,8 +130,9 @@ def sliding(dtype: torch.dtype, heads: tuple[int, int, int], size: int) -> None:
         want.append(attend64(q[b], *seen))
     for x in (q, *own):
         x[queries.positions < 0] = float("nan")  # a padded row may hold anything
-    got = sliding_attention.sliding_attention(q, *own, Window(*ring, size), queries)
-    close(got, torch.stack(want), size)
+    for tiles in (None, *several_tiles(heads)):
+        got = sliding_attention.sliding_attention(q, *own, Window(*ring, size), queries, tiles)
+        close(got, torch.stack(want), (size, tiles))
 
 
 GROUPS: dict[str, Callable[[], Iterator[Check]]] = {

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 CHECKS = ("write", "select", "select_special", "gather", "dense", "sliding")
-COMPILERS = 6  # processes that compile what will be timed, while the checks run
+COMPILERS = 9  # processes that compile what will be timed, while the checks run
 
 
 def run(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -88,6 +89,9 @@ def report(checks: dict[str, str], failed: dict[str, str], times: dict[str, Any]
         share = f"{row['floor'] / row['ms']:6.1%}" if row["floor"] else " " * 6
         target = f"{row['target']:8.3f}" if row.get("target") else " " * 8
         print(f"{row['name']:44s} {row['ms']:9.4f} {row['floor']:8.4f} {share} {target}  {row.get('tiles', '')}")
+    errors = Counter(f"{row['name']}: {row['error'][:150]}" for row in times.get("tuning", []) if "error" in row)
+    for text, count in errors.most_common(10):
+        print(f"{count} times {text}")
     if end:
         print(f"TIMING ENDED EARLY {end}")
 

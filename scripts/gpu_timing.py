@@ -20,6 +20,7 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection, Window
 from clsa_cuda.kernels import dense_attention, gather_attention, select, sliding_attention, write_memory
+from clsa_cuda.kernels import tiles as sizes
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, select_tiles
 
 DEVICE = torch.device("cuda", 0)
@@ -80,6 +81,8 @@ class Case:
     build: Callable[[Data], list[Call]]
     tiles: Any = None
     tuned: bool = False
+    reference: Callable[[Data], list[Call]] | None = None  # what a tuned case's first call must agree with
+    early: bool = True  # whether kernels may be launched before their predecessor has ended
 
 
 # -- cases -------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def dense_cases(batch: int) -> Iterator[Case]:
     yield Case(f"  torch sdpa       batch {batch:2d}", "torch", size, None, dense_calls(batch, "torch"))
 
 
-def sliding_cases(batch: int, tiles: Any = None) -> Iterator[Case]:
+def sliding_calls(batch: int, tiles: Any) -> Callable[[Data], list[Call]]:
     def build(data: Data) -> list[Call]:
         rings = max(2, 128 // batch)
         window = Window(data.normal(rings * batch * WINDOW, G, D), data.normal(rings * batch * WINDOW, G, D), WINDOW)
@@ -212,9 +215,13 @@ def sliding_cases(batch: int, tiles: Any = None) -> Iterator[Case]:
         steps = [replace(queries, window_slots=own) for own in slots]
         return [partial(sliding_attention.sliding_attention, q, k, v, window, step, tiles) for step in steps]
 
-    name = f"sliding 512        batch {batch:2d}"
-    shown = tiles or attention_tiles(batch, G, WINDOW, D, 2, limits(DEVICE))
-    yield Case(name, "sliding", batch * WINDOW * ROW, None, build, shown, tuned=tiles is not None)
+    return build
+
+
+def sliding_cases(batch: int) -> Iterator[Case]:
+    tiles = attention_tiles(batch, G, WINDOW, D, 2, limits(DEVICE))
+    size = batch * WINDOW * ROW
+    yield Case(f"sliding 512        batch {batch:2d}", "sliding", size, None, sliding_calls(batch, None), tiles)
 
 
 def write_cases(batch: int) -> Iterator[Case]:
@@ -232,6 +239,7 @@ def write_cases(batch: int) -> Iterator[Case]:
 
 def graph_time(calls: list[Call], replays: int = 11) -> float:
     """Milliseconds a call, the median of some replays of one graph of all calls."""
+    torch.cuda.synchronize()  # the inputs are made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -274,15 +282,32 @@ def read_bandwidth(data: Data) -> float:
 
 def compile_share(index: int, count: int, tune: bool) -> None:
     """Run every count-th case once, so that its kernels lie compiled on the disk."""
+    import gpu_tuning
+
     data = Data(small=True)
-    for case in list(cases(tune))[index::count]:
-        if case.kernel == "torch":
-            continue
+    different = {gpu_tuning.compile_key(case): case for case in cases(tune) if case.kernel != "torch"}
+    for case in list(different.values())[index::count]:
         try:
-            case.build(data)[0]()
+            calls(case, case.build, data)[0]()
         except Exception as error:  # the timing reports it
             print(case.name, error)
     torch.cuda.synchronize()
+
+
+def calls(case: Case, build: Callable[[Data], list[Call]], data: Data) -> list[Call]:
+    """The calls of a case on the same random inputs each time."""
+    sizes.EARLY_LAUNCH = case.early
+    limits.cache_clear()
+    data.generator.manual_seed(1)
+    return build(data)
+
+
+def measure(case: Case, data: Data) -> float:
+    if case.reference is not None:
+        import gpu_tuning
+
+        gpu_tuning.compare(calls(case, case.build, data)[0](), calls(case, case.reference, data)[0]())
+    return graph_time(calls(case, case.build, data), 5 if case.tuned else 11)
 
 
 def run(skip: list[str], tune: bool, out: Path, seconds: float) -> None:
@@ -292,17 +317,18 @@ def run(skip: list[str], tune: bool, out: Path, seconds: float) -> None:
     rows: list[dict[str, Any]] = []
     every: list[dict[str, Any]] = []
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    for case in cases(tune):
-        if case.kernel in skip or time.monotonic() > deadline:
+    for i, case in enumerate([*cases(tune), None]):
+        if case is None or i % 50 == 0:
+            best = [row for name in dict.fromkeys(r["name"] for r in every) for row in best_of(name, every)]
+            out.write_text(json.dumps({**result, "read": read, "rows": rows + best, "tuning": every}))
+        if case is None or case.kernel in skip or time.monotonic() > deadline:
             continue
         row: dict[str, Any] = {"name": case.name, "target": case.target, "tiles": short(case.tiles)}
         try:
-            row |= {"ms": graph_time(case.build(data)), "floor": case.bytes / read / 1e6}
+            row |= {"ms": measure(case, data), "floor": case.bytes / read / 1e6}
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         (every if case.tuned else rows).append(row)
-        best = [row for name in dict.fromkeys(r["name"] for r in every) for row in best_of(name, every)]
-        out.write_text(json.dumps({**result, "read": read, "rows": rows + best, "tuning": every}))
 
 
 def best_of(name: str, rows: list[dict[str, Any]], count: int = 4) -> list[dict[str, Any]]:
@@ -314,8 +340,8 @@ def short(tiles: Any) -> str:
     if tiles is None:
         return ""
     if isinstance(tiles, AttentionTiles):
-        return f"n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
+        return f"p{tiles.pack} n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
     return (
-        f"g{tiles.group} s{tiles.splits} w{tiles.score_warps} st{tiles.score_stages} "
+        f"g{tiles.group} s{tiles.splits} w{tiles.score_warps} st{tiles.score_stages} p{tiles.score_pages} "
         f"m{tiles.maxima_tile} c{tiles.chosen_tile} w{tiles.pick_warps}"
     )

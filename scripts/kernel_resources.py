@@ -28,10 +28,11 @@ from triton.compiler import ASTSource
 
 from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import attend, gather_attention, select, write_memory
+from clsa_cuda.kernels import pick as picking
 from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-H200 = Limits(132, 227 << 10)
+H200 = Limits(132, 227 << 10, early_launch=True)
 
 
 def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -78,6 +79,8 @@ def score(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         "I": 128,
         "BLOCK_I": 128,
         "PAGE": PAGE_SIZE,
+        "PAGES": tiles.score_pages,
+        "PDL": True,
         "GROUP": tiles.group,
         "STAGES": tiles.score_stages,
     }
@@ -106,8 +109,9 @@ def pick(context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dic
         "MAXIMA_TILE": tiles.maxima_tile,
         "CHOSEN_TILE": tiles.chosen_tile,
         "ONE_TILE": context // tiles.group <= tiles.maxima_tile,
+        "PDL": True,
     }
-    return select._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
+    return picking._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
 
 
 def attention(
@@ -121,17 +125,20 @@ def attention(
     types |= dict.fromkeys(
         ("H", "q_stride", "k_stride", "v_stride", "own_k_stride", "own_v_stride", "rows_stride"), "i32"
     )
-    types |= {"scale": "fp32"}
+    types |= {"scale": "fp32", "splits": "i32"}
     constants = {
         "D": head_dim,
         "BLOCK_D": next_power_of_2(head_dim),
         "REPEAT": repeat,
-        "BLOCK_H": 16,
+        "PACK": tiles.pack,
+        "PARTS": 4 // tiles.pack,
+        "BLOCK_H": max(16, next_power_of_2(tiles.pack * repeat)),
         "BLOCK_N": tiles.block_n,
-        "SPLITS": tiles.splits,
+        "SPLIT": tiles.splits > 1,
         "SOURCE": source,
-        "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048}.get(source, 0),
+        "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
         "STAGES": tiles.num_stages,
+        "PDL": True,
     }
     return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
 
@@ -139,7 +146,7 @@ def attention(
 def report(
     capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
 ) -> str:
-    aligned = [name for name, kind in types.items() if kind != "fp32" and name != "H"]
+    aligned = [name for name, kind in types.items() if kind != "fp32" and name not in ("H", "splits")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -39,8 +39,8 @@ DECODE_HEADS = pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
 STEP = pytest.mark.parametrize("chunks", DECODE.values(), ids=DECODE.keys())
 
 
-def tiles(splits: int, block_n: int = 16) -> AttentionTiles:
-    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=2)
+def tiles(splits: int, block_n: int = 16, pack: int = 1) -> AttentionTiles:
+    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=2, pack=pack)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["in place", "compact"])
@@ -77,6 +77,35 @@ def test_gather_attention(
     result = host(ops, got, dtype)
     assert not result[lengths == 0].any(), f"{case}: a query that sees nothing must get zeros"
     assert_close("gather_attention", dtype, result, want, case)
+
+
+@pytest.mark.parametrize("splits, block_n", [(1, 32), (3, 16), (5, 128)])
+@pytest.mark.parametrize("heads, kv_heads, pack", [(10, 2, 2), (20, 4, 2), (20, 4, 4)])
+def test_several_kv_heads_in_one_program(
+    ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int, pack: int
+) -> None:
+    """Selected rows, pages and rings: the same result as with one KV head a program."""
+    rng = np.random.default_rng(5)
+    step: Layout = layout(rng, [Chunk(n - 1, 1) for n in (150, 1, 64)] + [Chunk(0, 0, padded=1)])
+    num_queries = len(step.positions)
+    chosen = tiles(splits, block_n, pack)
+    q = ops.asarray(normal(rng, num_queries, heads, 16, dtype=dtype, scale=2.0), dtype)
+    kv = [poisoned(normal(rng, step.num_rows, kv_heads, 16, dtype=dtype), step.readable) for _ in range(2)]
+    memory, queries = filled_memory(ops, *kv, None, dtype), step.queries(ops)
+    rows = ragged_selection(rng, num_queries, 70)
+    rows = np.where(rows >= 0, step.rows_of(0, np.arange(70))[None], -1).astype(np.int32)
+    selection = Selection(*(ops.asarray(x) for x in (rows, rows, (rows >= 0).sum(1).astype(np.int32))))
+    own = [ops.asarray(normal(rng, num_queries, kv_heads, 16, dtype=dtype), dtype) for _ in range(2)]
+    mask = readable_ring(step, 40)
+    ring = [poisoned(normal(rng, len(mask), kv_heads, 16, dtype=dtype), mask) for _ in range(2)]
+    window = filled_window(ops, *ring, 40, dtype)
+    for name, attention in (
+        ("gather_attention", lambda t: gather_attention(q, memory, selection, t)),
+        ("dense_attention", lambda t: dense_attention(q, memory, queries, t)),
+        ("sliding_attention", lambda t: sliding_attention(q, *own, window, queries, t)),
+    ):
+        want = host(ops, attention(tiles(1)), dtype).astype(np.float64)
+        assert_close(name, dtype, host(ops, attention(chosen), dtype), want, (splits, block_n, heads, kv_heads, pack))
 
 
 def test_large_scores_do_not_overflow(ops: Ops, dtype: str) -> None:

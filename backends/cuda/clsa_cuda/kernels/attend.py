@@ -1,8 +1,10 @@
 """Decode attention over rows of a memory: one kernel, four ways to say which rows.
 
-Program (query t, KV head g, split) attends the query heads of the group, packed into one tile of at least 16 rows for
-the tensor cores, to its share of the keys. With more than one split each program leaves its result and the base-2
-logarithm of its softmax sum, and the last to arrive of those of (t, g) merges them: there is no second launch.
+Program (query t, PACK of the KV heads, split) attends the query heads of its KV heads to its share of the keys. All of
+them are one tile of at least 16 rows for the tensor cores, and the rows of all its KV heads are the columns; what does
+not belong together is masked. That wastes products, which are free here, and reads PACK times longer pieces of memory.
+With more than one split each program leaves its result and the base-2 logarithm of its softmax sum, and the last to
+arrive of those of a query and heads merges them: there is no second launch.
 """
 
 from __future__ import annotations
@@ -14,51 +16,71 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
 
 from clsa.errors import BackendError
-from clsa_cuda.kernels.tiles import AttentionTiles, next_power_of_2
+from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 
-_MAX_PAIRS = 1 << 16  # (query, KV head) pairs of one launch with splits; far fewer fill any GPU without
+_MAX_PAIRS = 1 << 16  # (query, KV heads) pairs of one launch with splits; far fewer fill any GPU without
 
 
 @triton.jit
 def _merge(
-    partial,
+    partial,  # of the first of the rows
     sums,
     out,
-    t,
-    g,
-    H,
+    mask,
+    splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    REPEAT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """Write the heads of group g from the results of all splits: each weighs what its softmax sum is of the whole."""
-    split = tl.arange(0, SPLITS)
+    """Write the heads of one tile from the results of all splits, in their order."""
+    h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    for r in tl.static_range(REPEAT):
-        head = t * H + g * REPEAT + r
-        # .cg: from L2, where the other programs' stores are.
-        share = tl.load(sums + head * SPLITS + split, cache_modifier=".cg")
-        highest = tl.max(share)
-        share = tl.exp2(share - tl.where(highest == float("-inf"), 0.0, highest))
-        whole = tl.sum(share)
-        share = share / tl.where(whole == 0.0, 1.0, whole)
-        where = (head * SPLITS + split)[:, None] * D + d[None, :]
-        parts = tl.load(partial + where, mask=(d < D)[None, :], other=0.0, cache_modifier=".cg")
-        merged = tl.sum(parts * share[:, None], axis=0)
-        tl.store(out + head * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+    tile = h[:, None] * splits * D + d[None, :]
+    there = tl.max(mask.to(tl.int32), axis=1) != 0
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    UNROLL: tl.constexpr = 4  # so many loads in flight
+    for start in range(0, splits, UNROLL):
+        for j in tl.static_range(UNROLL):
+            i = start + j
+            # .cg: from L2, where the other programs' stores are.
+            live = there & (i < splits)
+            share = tl.load(sums + h * splits + i, mask=live, other=float("-inf"), cache_modifier=".cg")
+            part = tl.load(partial + tile + i * D, mask=mask & (i < splits), other=0.0, cache_modifier=".cg")
+            new_highest = tl.maximum(highest, share)
+            reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
+            keep = tl.exp2(highest - reference)
+            weight = tl.exp2(share - reference)
+            acc = acc * keep[:, None] + part * weight[:, None]
+            total = total * keep + weight
+            highest = new_highest
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + h[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _rows_of_block(start, count, base, rows, position, BLOCK_N: tl.constexpr, SOURCE: tl.constexpr, SIZE: tl.constexpr):
-    """Physical rows of keys start to start + BLOCK_N, and which of them are there.
+def _rows_of_block(
+    start,
+    count,
+    base,
+    rows,
+    position,
+    COLUMNS: tl.constexpr,
+    PACK: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Physical rows of the keys of a block from `start`, each PACK times, and which of them are there.
 
-    `rows` and `base` are what SOURCE needs: "list": the query's row numbers; "block": its first row;
+    `rows` and `base` are what SOURCE needs: "list": the query's SIZE row numbers; "block": its first row;
     "pages": its row of the page table, pages of SIZE; "ring": first of the SIZE rows, keys end before `position`.
     """
-    i = start + tl.arange(0, BLOCK_N)
+    BLOCK_N: tl.constexpr = COLUMNS // PACK
+    i = start + tl.arange(0, COLUMNS) // PACK
     seen = i < count
     if SOURCE == "list":
         row = tl.load(rows + i, mask=seen, other=-1).to(tl.int64)
@@ -68,7 +90,7 @@ def _rows_of_block(start, count, base, rows, position, BLOCK_N: tl.constexpr, SO
     elif SOURCE == "pages":
         if BLOCK_N <= SIZE:
             page = tl.load(rows + start // SIZE).to(tl.int64)
-            row = page * SIZE + start % SIZE + tl.arange(0, BLOCK_N)
+            row = page * SIZE + start % SIZE + tl.arange(0, COLUMNS) // PACK
         else:
             page = tl.load(rows + i // SIZE, mask=seen, other=0).to(tl.int64)
             row = page * SIZE + i % SIZE
@@ -77,20 +99,20 @@ def _rows_of_block(start, count, base, rows, position, BLOCK_N: tl.constexpr, SO
     return row, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_kernel(
     q,  # [T, H, D]
     k,  # [N, G, D]
     v,  # [N, G, D]
     own_k,  # [T, G, D], "ring" only: the query's own token, which is not in the ring yet
     own_v,  # [T, G, D]
-    rows,  # "list": [T, K] rows; "pages": [B, M] page table; "ring": [B] slots; "block": not read
-    lengths,  # "list", "block": [T] keys; "pages", "ring": [T] positions
-    sequence,  # [T], "pages" and "ring" only
+    rows,  # "list": [T, K] rows; "pages": [B, M] page table; "ring": [T] slots; "block": not read
+    lengths,  # "block": [T] keys; "pages", "ring": [T] positions; "list": not read, -1 ends the rows
+    sequence,  # [T], "pages" only
     out,  # [T, H, D]
-    partial,  # [T, H, SPLITS, D] float32 scratch
-    sums,  # [T, H, SPLITS] float32 scratch
-    arrived,  # [T * G] int32, zeros before and after
+    partial,  # [T, H, splits, D] float32 scratch
+    sums,  # [T, H, splits] float32 scratch
+    arrived,  # [T * G / PACK] int32, zeros before and after
     H,
     q_stride,
     k_stride,
@@ -99,65 +121,81 @@ def _attend_kernel(
     own_v_stride,
     rows_stride,
     scale,  # log2(e) / sqrt(D)
+    splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    REPEAT: tl.constexpr,  # query heads of a group
+    REPEAT: tl.constexpr,  # query heads of a KV head
+    PACK: tl.constexpr,  # KV heads of a program
+    PARTS: tl.constexpr,  # G / PACK
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether there is more than one split
     SOURCE: tl.constexpr,
-    SIZE: tl.constexpr,  # "pages": tokens of a page; "ring": W; "block": rows of a query
+    SIZE: tl.constexpr,  # "list": K; "pages": tokens of a page; "ring": W; "block": rows of a query
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Program (t, g, split): see above."""
-    t = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1)
-    split = tl.program_id(2)
+    """Program (t * PARTS + part, split): see above."""
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
+    t = tl.program_id(0).to(tl.int64) // PARTS
+    g = tl.program_id(0) % PARTS * PACK  # the first of the KV heads
+    split = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    head = t * H + g * REPEAT + h
-    q_mask = (h < REPEAT)[:, None] & (d < D)[None, :]
+    first_head = t * H + g * REPEAT
+    head = first_head + h
+    q_mask = (h < PACK * REPEAT)[:, None] & (d < D)[None, :]
     q_tile = tl.load(q + t * q_stride + (g * REPEAT + h)[:, None] * D + d[None, :], mask=q_mask, other=0.0)
 
-    length = tl.load(lengths + t)
-    position = length
     base = t * SIZE
-    count = length
-    if SOURCE == "pages":
-        count = length + 1
-        rows += tl.load(sequence + t).to(tl.int64) * rows_stride
-    elif SOURCE == "ring":
-        count = tl.minimum(tl.maximum(length, 0), SIZE - 1)
-        base = tl.load(rows + tl.load(sequence + t)).to(tl.int64) * SIZE
-    elif SOURCE == "list":
+    position = 0
+    if SOURCE == "list":
+        count = SIZE
         rows += t * rows_stride
+    else:
+        position = tl.load(lengths + t)
+        count = position
+        if SOURCE == "pages":
+            count = position + 1
+            rows += tl.load(sequence + t).to(tl.int64) * rows_stride
+        elif SOURCE == "ring":
+            count = tl.minimum(tl.maximum(position, 0), SIZE - 1)
+            base = tl.load(rows + t).to(tl.int64) * SIZE
 
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
         if (split == 0) & (position >= 0):
-            mine_k = tl.load(own_k + t * own_k_stride + g * D + d, mask=d < D, other=0.0)
-            mine_v = tl.load(own_v + t * own_v_stride + g * D + d, mask=d < D, other=0.0)
-            highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32)[None, :], axis=1) * scale
+            place = (g + h // REPEAT)[:, None] * D + d[None, :]
+            mine_k = tl.load(own_k + t * own_k_stride + place, mask=q_mask, other=0.0)
+            mine_v = tl.load(own_v + t * own_v_stride + place, mask=q_mask, other=0.0)
+            highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32), axis=1) * scale
             total = tl.full([BLOCK_H], 1.0, tl.float32)
-            acc += mine_v.to(tl.float32)[None, :]
+            acc += mine_v.to(tl.float32)
 
     num_blocks = tl.cdiv(count, BLOCK_N)
-    per_split = tl.cdiv(num_blocks, SPLITS)
+    per_split = tl.cdiv(num_blocks, splits)
     first = split * per_split
     stop = tl.minimum(first + per_split, num_blocks)
-    k += g * D
-    v += g * D
+    COLUMNS: tl.constexpr = BLOCK_N * PACK
+    own = tl.arange(0, COLUMNS) % PACK  # KV head of a column
+    own_rows = own[None, :] == (h // REPEAT)[:, None]
+    place = (g + own)[:, None] * D + d[None, :]
     for block in tl.range(first, stop, num_stages=STAGES):
-        row, seen = _rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
+        row, seen = _rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & (d < D)[None, :]
-        k_tile = tl.load(k + row[:, None] * k_stride + d[None, :], mask=mask, other=0.0)
-        v_tile = tl.load(v + row[:, None] * v_stride + d[None, :], mask=mask, other=0.0)
+        k_tile = tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0)
+        v_tile = tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        visible = seen[None, :]
+        if PACK > 1:
+            visible = visible & own_rows
+        scores = tl.where(visible, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
         weights = tl.exp2(scores - reference[:, None])
@@ -168,16 +206,16 @@ def _attend_kernel(
         highest = new_highest
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
+    if not SPLIT:
         tl.store(out + head[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=q_mask)
     else:
-        tl.store(partial + (head * SPLITS + split)[:, None] * D + d[None, :], acc, mask=q_mask)
-        tl.store(sums + head * SPLITS + split, highest + tl.log2(total), mask=h < REPEAT)
+        tl.store(partial + (head * splits + split)[:, None] * D + d[None, :], acc, mask=q_mask)
+        tl.store(sums + head * splits + split, highest + tl.log2(total), mask=h < PACK * REPEAT)
         tl.debug_barrier()  # all of this program's stores come before its arrival
-        pair = t * (H // REPEAT) + g
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == SPLITS - 1:
-            _merge(partial, sums, out, t, g, H, D, BLOCK_D, REPEAT, SPLITS)
-            tl.store(arrived + pair, 0)
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
+            at = first_head * splits
+            _merge(partial + at * D, sums + at, out + first_head * D, q_mask, splits, D, BLOCK_D, BLOCK_H)
+            tl.store(arrived + tl.program_id(0), 0)
 
 
 @functools.cache
@@ -209,12 +247,15 @@ def attend_rows(
             raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
     assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
     assert rows.stride(-1) == 1 and lengths.is_contiguous()
-    assert tiles.splits == 1 or num_queries * kv_heads <= _MAX_PAIRS
+    assert kv_heads % tiles.pack == 0
+    pairs = num_queries * kv_heads // tiles.pack
+    assert tiles.splits == 1 or pairs <= _MAX_PAIRS
     scratch = (num_queries, num_heads, tiles.splits if tiles.splits > 1 else 0)
     partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
     repeat = num_heads // kv_heads
-    _attend_kernel[num_queries, kv_heads, tiles.splits](
+    device = limits(q.device)
+    _attend_kernel[pairs, tiles.splits](
         q,
         *kv,
         *own,
@@ -233,15 +274,20 @@ def attend_rows(
         own[1].stride(0),
         rows.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
+        tiles.splits,
         D=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         REPEAT=repeat,
-        BLOCK_H=max(16, next_power_of_2(repeat)),
+        PACK=tiles.pack,
+        PARTS=kv_heads // tiles.pack,
+        BLOCK_H=max(16, next_power_of_2(tiles.pack * repeat)),
         BLOCK_N=tiles.block_n,
-        SPLITS=tiles.splits,
+        SPLIT=tiles.splits > 1,
         SOURCE=source,
         SIZE=size,
         STAGES=tiles.num_stages,
+        PDL=device.early_launch,
         num_warps=tiles.num_warps,
+        **launch_options(device),
     )
     return out

@@ -16,8 +16,9 @@ from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, nex
 
 def gather_attention(q: Tensor, memory: Memory, selection: Selection, tiles: AttentionTiles | None = None) -> Tensor:
     """`Ops.gather_attention`; `tiles` is for measuring others. Rows lie before the first -1."""
-    tiles = tiles or _tiles(q, memory.k, selection.rows.shape[1])
-    return attend_rows("list", 0, q, (memory.k, memory.v), None, selection.rows, selection.lengths, None, tiles)
+    k = selection.rows.shape[1]
+    tiles = tiles or _tiles(q, memory.k, k)
+    return attend_rows("list", k, q, (memory.k, memory.v), None, selection.rows, selection.lengths, None, tiles)
 
 
 def _tiles(q: Tensor, k: Tensor, max_keys: int) -> AttentionTiles:

@@ -19,6 +19,7 @@ _SEARCH_TILE = 16384
 _STREAM_TILE = 8192  # what is read again in each step of a search goes in smaller tiles, beside as many counters
 _SCORE_PROGRAMS = 6  # that fit a multiprocessor at once, with three 16 KB pages of bfloat16 keys in flight each
 _MIN_GROUP, _MAX_GROUP = 4, PAGE_SIZE
+EARLY_LAUNCH = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Limits:
 
     sm_count: int
     shared_memory: int  # bytes one program can have
+    early_launch: bool = False  # whether a kernel may be launched before the one it waits for has ended (sm_90)
 
 
 @functools.cache
@@ -35,7 +37,13 @@ def limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits(sm_count=2, shared_memory=64 << 10)
     properties = driver.active.utils.get_device_properties(device.index or 0)
-    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"])
+    early = EARLY_LAUNCH and torch.cuda.get_device_capability(device)[0] >= 9
+    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"], early)
+
+
+def launch_options(device: Limits) -> dict[str, bool]:
+    """Of a kernel that waits for its predecessors by itself where `device.early_launch`."""
+    return {"launch_pdl": True} if device.early_launch else {}
 
 
 def next_power_of_2(n: int) -> int:
@@ -56,6 +64,7 @@ class SelectTiles:
     score_warps: int
     score_stages: int
     pick_warps: int
+    score_pages: int = 1  # that a program scores at once
 
 
 def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> SelectTiles:
@@ -81,7 +90,7 @@ def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> Se
         chosen_tile=chosen_tile,
         score_warps=4,
         score_stages=3,
-        pick_warps=max(4, min(32, largest // 512)),
+        pick_warps=max(4, min(32, largest // 2048)),
     )
 
 
@@ -96,6 +105,7 @@ class AttentionTiles:
     splits: int
     num_warps: int
     num_stages: int
+    pack: int = 1  # KV heads of a program
 
 
 def attention_tiles(
