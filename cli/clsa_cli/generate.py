@@ -14,6 +14,8 @@ import typer
 from clsa import RequestError
 from clsa.config import EngineConfig, SamplingParams
 from clsa_cli import options, output
+from clsa_cli.batch import Batch
+from clsa_cli.batch_line import Summary
 
 if TYPE_CHECKING:
     from clsa.llm import LLM
@@ -117,21 +119,15 @@ def generate(
             raise RequestError("a batch takes --input and --output, and no --prompt")
         if save_cache is not None:
             raise RequestError("--save-cache needs --prompt; a batch may only --load-cache")
-        from clsa_cli.batch import Batch
-
         batch = Batch(input, output_)
         with options.opened(model, backend, device, dtype, EngineConfig(max_tokens_in_memory=max_memory)) as llm:
             _load_cache(llm, load_cache, salt)
-            summary = batch.run(llm, model, params, ordered=ordered, salt=salt)
-        output.note(
-            f"{output_}: {output.count(summary.completed, 'answer')}, {output.count(summary.failed, 'error')}, "
-            f"{summary.skipped:,} there before"
-        )
-        if json:
-            output.write_json(asdict(summary))
+            _show_batch(output_, batch.run(llm, model, params, ordered=ordered, salt=salt), json)
         return
     if ordered:
         raise RequestError("--ordered needs --input and --output")
+    if save_cache is not None and not save_cache.absolute().parent.is_dir():
+        raise RequestError(f"there is no folder {save_cache.absolute().parent} for --save-cache")
     if prompt is None:
         raise RequestError("give --prompt TEXT, --prompt - for stdin, or --input FILE --output FILE")
     text = check_text(read_stdin() if prompt == "-" else prompt)
@@ -148,6 +144,15 @@ def generate(
             output.write_json(answer | _setting(llm, model, params))
         if report:
             _report(llm, answer)
+
+
+def _show_batch(results: Path, summary: Summary, json: bool) -> None:
+    output.note(
+        f"{results}: {output.count(summary.completed, 'answer')}, {output.count(summary.failed, 'error')}, "
+        f"{summary.skipped:,} there before"
+    )
+    if json:
+        output.write_json(asdict(summary))
 
 
 def _load_cache(llm: LLM, path: Path | None, salt: str) -> None:

@@ -137,6 +137,7 @@ def test_files_that_cannot_be(files: Files, fake: FakeLLM, run: Run, tmp_path: P
         ["--input", same, "--output", str(files.results), "--json", "--logprobs", "1"],
         ["--input", same, "--output", str(files.results), "--save-cache", str(tmp_path / "cache")],
         ["--prompt", "x", "--ordered"],
+        ["--prompt", "x", "--save-cache", str(tmp_path / "no" / "cache")],
     ):
         result = run("generate", *args)
         assert (result.exit_code, fake.loaded_with, files.requests.read_bytes()) == (2, (), before), args

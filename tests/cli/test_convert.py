@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clsa import backend, hub
+from clsa import backend, hub, spec
 from clsa.checkpoint import open_checkpoint
 from tests.cli.conftest import Run
 from tests.core.quantized import CONFIG, original
@@ -47,7 +47,7 @@ def test_a_quantised_model_runs(run: Run, model: str, tmp_path: Path, bits: int)
 
 def test_a_person_reads_bytes_and_bits(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "backends", list)
-    monkeypatch.setattr(backend, "load_backend", lambda name: (object(), "nothing"))
+    monkeypatch.setattr(backend, "load_backend", lambda name: (spec, "nothing"))
     out = tmp_path / "q"
     made = run("convert", "--model", str(original()), "--out", str(out), "--quantize", "4")
     assert made.exit_code == 0
