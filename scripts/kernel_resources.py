@@ -148,6 +148,8 @@ def report(
 ) -> str:
     aligned = [name for name, kind in types.items() if kind != "fp32" and name not in ("H", "splits")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    if "PDL" in constants:
+        constants["PDL"] = capability >= 90
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     start = time.monotonic()

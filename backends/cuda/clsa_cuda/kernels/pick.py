@@ -74,7 +74,7 @@ def _threshold(tile, values, n, capacity, want, reach_low, low, high, TILE: tl.c
     """
     low, high = low.to(tl.int64), high.to(tl.int64)
     high = tl.where(reach_low == want, low, high)
-    reach_high = 0  # how many keys reach high + 1
+    reach_high = tl.full([], 0, tl.int32)  # how many keys reach high + 1
     while low < high:
         middle = high - (high - low) // 2
         top = tl.log2(reach_low.to(tl.float32))
