@@ -22,6 +22,23 @@ class State(enum.Enum):
     FINISHED = "finished"  # holds nothing as soon as no step that is under way refers to it
 
 
+class Distinct:
+    """The distinct values of a list that only grows, in the order in which they appear."""
+
+    def __init__(self, source: list[int]) -> None:
+        self._source, self._read = source, 0
+        self._known: set[int] = set()
+        self._values = array("i")
+
+    def values(self) -> array[int]:
+        for value in self._source[self._read :]:
+            if value not in self._known:
+                self._known.add(value)
+                self._values.append(value)
+        self._read = len(self._source)
+        return self._values
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt, how to continue it, and how far it has come.
@@ -64,6 +81,7 @@ class Request:
     tainted: bool = field(init=False, default=False)  # a step went wrong after the end: nothing may be shared
     last_turn: int = field(init=False, default=0)  # of its latest chunk, among all chunks there have been
     last_row: int = field(init=False, default=0)  # of its latest sample, among the logits of that step
+    _distinct: Distinct | None = field(init=False, default=None)
 
     def __post_init__(self, prompt: list[int]) -> None:
         check_int("priority", self.priority, -(1 << 31), 1 << 31, RequestError)
@@ -83,6 +101,12 @@ class Request:
     def output_tokens(self) -> list[int]:
         """A copy of the tokens sampled so far, a stop token included."""
         return self.tokens[self.num_prompt_tokens :]
+
+    def distinct_tokens(self) -> array[int]:
+        """Each token of prompt and answer once; not to be changed. Costs only what is new since the last call."""
+        if self._distinct is None:
+            self._distinct = Distinct(self.tokens)
+        return self._distinct.values()
 
 
 class RequestQueue:

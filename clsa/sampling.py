@@ -13,9 +13,10 @@ from clsa.ops import Array, Ops, SamplingBatch
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One row to sample: `position` is where its token will stand, `seen` the tokens of prompt and answer so far.
+    """One row to sample: `position` is where its token will stand, `seen` the distinct tokens of prompt and answer.
 
-    `pending`: the newest of those tokens is not on the host yet; it is row `pending` of the previous sample.
+    `seen` is needed only with a penalty. `pending`: the newest token is not on the host yet; it is row `pending` of the
+    previous sample.
     """
 
     params: SamplingParams
@@ -47,15 +48,15 @@ def pack_sampling(rows: Sequence[SamplingRow]) -> tuple[SamplingBatch, np.ndarra
 
 def _penalty_tokens(rows: Sequence[SamplingRow]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Tokens seen so far [R, n], -1 padded, and where each comes from; None if nobody asked for a penalty."""
-    seen = [set(row.seen) if row.params.repetition_penalty != 1 else set() for row in rows]
+    seen = [row.seen if row.params.repetition_penalty != 1 else () for row in rows]
     if not any(seen):
         return None, None
-    # Each distinct token once, in columns of a power of two so that shapes repeat; one more for the pending token.
+    # Columns of a power of two, so that shapes repeat; one more for the pending token.
     width = 1 << max(len(s) for s in seen).bit_length()
     table = np.full((len(rows), width + 1), -1, np.int32)
     source = np.arange(table.size, dtype=np.int32).reshape(table.shape)
     for r, tokens in enumerate(seen):
-        table[r, : len(tokens)] = sorted(tokens)
+        table[r, : len(tokens)] = tokens
         if (pending := rows[r].pending) is not None and tokens:
             source[r, -1] = table.size + pending
     return table, source.reshape(-1)

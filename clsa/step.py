@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from clsa.batch import SequenceChunk, pack
 from clsa.config import PAGE_SIZE
 from clsa.ops import SamplingBatch, StepBatch, StepInputs
+from clsa.request import Request
 from clsa.sampling import SamplingRow, pack_sampling
 from clsa.scheduler import Chunk, StepPlan
 
@@ -17,12 +19,16 @@ def step_inputs(step: StepPlan, window: int) -> StepInputs:
     """Args: `window` is the model's sliding window W (any number if it has none)."""
     batch = pack([_sequence_chunk(chunk) for chunk in step.chunks], window)
     rows = [
-        SamplingRow(chunk.request.params, chunk.stop, chunk.request.tokens, chunk.pending)
+        SamplingRow(chunk.request.params, chunk.stop, _seen(chunk.request), chunk.pending)
         for chunk in step.chunks
         if chunk.wants_logits
     ]
     sampling, penalty_source = pack_sampling(rows) if rows else (None, None)
     return StepInputs(batch, sampling, _token_source(step, batch), penalty_source)
+
+
+def _seen(request: Request) -> Sequence[int]:
+    return request.distinct_tokens() if request.params.repetition_penalty != 1 else ()
 
 
 def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
