@@ -20,7 +20,7 @@ class SequenceChunk:
 
     tokens: Sequence[int]
     start: int
-    pages: Sequence[int]  # page ids of the sequence, covering at least start + len(tokens) positions
+    pages: Sequence[int] | np.ndarray  # page ids of the sequence, covering at least start + len(tokens) positions
     window_slot: int
     logits: Literal["none", "last", "all"]
 

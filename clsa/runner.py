@@ -17,7 +17,7 @@ from clsa.plan import Plan
 from clsa.prefix_state import read_rows, write_rows
 from clsa.sampling import resolve
 from clsa.scheduler import StepPlan
-from clsa.step import pad_decode, step_inputs
+from clsa.step import PageTables, pad_decode, step_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Runner:
         self._max_pages = max_pages
         self._state: State | None = self._new_state()
         self._recorded = ops.record(self._compute)
+        self._tables = PageTables()
 
     def launch(self, step: StepPlan, previous: Launched | None) -> Launched | None:
         """Start a step. `previous` is what the step before returned. None if no chunk wanted logits."""
@@ -83,7 +84,7 @@ class Runner:
         ops = self._ops
         state = self._new_state() if self._state is None else self._state
         self._state = state = self._copy_windows(state, step.restores)
-        inputs = step_inputs(step, self._plan.config.sliding_window)
+        inputs = step_inputs(step, self._plan.config.sliding_window, self._tables)
         before = None if previous is None else previous.tokens
         if self._recorded is not None and _is_decode(inputs):
             sampled, state = self._recorded(pad_decode(inputs, self._max_pages), before, state)

@@ -15,9 +15,37 @@ from clsa.sampling import SamplingRow, pack_sampling
 from clsa.scheduler import Chunk, StepPlan
 
 
-def step_inputs(step: StepPlan, window: int) -> StepInputs:
+class PageTables:
+    """Page lists as arrays, kept while their requests run: a list of thousands is slow to convert in every step.
+
+    The scheduler only ever appends to the list of a running request, and makes a new one when it runs again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[list[int], np.ndarray, int]] = {}  # id -> the list, its array, how much of it
+
+    def of(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """The page ids of each request, int32. Forgets all other requests."""
+        self._known = {request.id: self._extended(request) for request in requests}
+        return [array[:count] for _, array, count in self._known.values()]
+
+    def _extended(self, request: Request) -> tuple[list[int], np.ndarray, int]:
+        pages = request.pages
+        known, array, count = self._known.get(request.id, (None, np.empty(0, np.int32), 0))
+        if known is not pages:
+            array, count = np.empty(0, np.int32), 0
+        if len(pages) > len(array):
+            larger = np.empty(2 * len(pages), np.int32)
+            larger[:count] = array[:count]
+            array = larger
+        array[count : len(pages)] = pages[count:]
+        return pages, array, len(pages)
+
+
+def step_inputs(step: StepPlan, window: int, tables: PageTables) -> StepInputs:
     """Args: `window` is the model's sliding window W (any number if it has none)."""
-    batch = pack([_sequence_chunk(chunk) for chunk in step.chunks], window)
+    pages = tables.of([chunk.request for chunk in step.chunks])
+    batch = pack([_sequence_chunk(chunk, own) for chunk, own in zip(step.chunks, pages, strict=True)], window)
     rows = [
         SamplingRow(chunk.request.params, chunk.stop, _seen(chunk.request), chunk.pending)
         for chunk in step.chunks
@@ -105,12 +133,10 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _sequence_chunk(chunk: Chunk) -> SequenceChunk:
+def _sequence_chunk(chunk: Chunk, pages: np.ndarray) -> SequenceChunk:
     request = chunk.request
     tokens = [0] if chunk.pending is not None else request.tokens[chunk.start : chunk.stop]
-    return SequenceChunk(
-        tokens, chunk.start, request.pages, request.window_slot, "last" if chunk.wants_logits else "none"
-    )
+    return SequenceChunk(tokens, chunk.start, pages, request.window_slot, "last" if chunk.wants_logits else "none")
 
 
 def _token_source(step: StepPlan, batch: StepBatch) -> np.ndarray | None:

@@ -90,7 +90,7 @@ class Bench:
         for window in self.state.windows:
             window.k.normal_(), window.v.normal_()
         order = np.random.default_rng(0).permutation(owners * self.pages).reshape(owners, self.pages)
-        self.tables = [order[b % owners].tolist() for b in range(batch)]
+        self.tables = [order[b % owners].astype(np.int32) for b in range(batch)]  # as clsa.step.PageTables keeps them
         self.batch, self.context = batch, context
         self.recorder = self.ops.record(self.compute)
 

@@ -14,7 +14,7 @@ from clsa.ops import Ops, Selection
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.gather_attention import compact_attention, compact_rows, gather_attention
 from clsa_cuda.kernels.sliding_attention import sliding_attention
-from clsa_cuda.kernels.tiles import AttentionTiles, Limits, attention_tiles
+from clsa_cuda.kernels.tiles import MAX_SPLITS, AttentionTiles, Limits, attention_tiles
 from tests.ops.cases import (
     DECODE,
     Chunk,
@@ -255,5 +255,5 @@ def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
     for num_queries, max_keys in itertools.product([1, 8, 32, 512, 1 << 20], [1, 64, 512, 2048, 1 << 20]):
         chosen = attention_tiles(num_queries, 4, max_keys, head_dim, itemsize, Limits(132, shared_memory))
         assert chosen.num_stages * chosen.block_n * 2 * padded_dim * itemsize <= shared_memory
-        assert chosen.splits in (1, 2, 4, 8, 16, 32, 64) and chosen.block_n in (16, 32, 64, 128)
+        assert 1 <= chosen.splits <= MAX_SPLITS and chosen.block_n in (16, 32, 64, 128)
         assert chosen.splits == 1 or num_queries * 4 <= 1 << 16

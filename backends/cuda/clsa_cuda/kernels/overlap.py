@@ -6,26 +6,25 @@ before it wrote, and before it writes anything at all. What no kernel writes, th
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from clsa_cuda.kernels.tiles import limits
 
-@functools.cache
+
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on this device are launched that way."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return limits(device).early_launch
 
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """Until everything in front of this kernel is done; from here on the next kernel may get going."""
+    """Until everything in front of this kernel is done. The next kernel may get going now and wait here too."""
     if OVERLAP:
-        cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
 
 @triton.jit

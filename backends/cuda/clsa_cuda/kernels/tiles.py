@@ -74,7 +74,7 @@ def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> Se
     capacity = max_pages * PAGE_SIZE
     kept = next_power_of_2(k)
     group = _MIN_GROUP
-    while group < _MAX_GROUP and 2 * group * kept <= _REGISTER_TILE and group * group * kept < capacity:
+    while group < _MAX_GROUP and 2 * group * kept <= _REGISTER_TILE and 2 * group * group * kept < capacity:
         group *= 2
     maxima_tile = next_power_of_2(capacity // group)
     if maxima_tile > _SEARCH_TILE:
@@ -90,7 +90,7 @@ def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> Se
         chosen_tile=chosen_tile,
         score_warps=4,
         score_stages=3,
-        pick_warps=max(4, min(32, largest // 2048)),
+        pick_warps=max(8, min(32, largest // 2048)),
     )
 
 
@@ -111,16 +111,27 @@ class AttentionTiles:
 def attention_tiles(
     num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
 ) -> AttentionTiles:
-    """Blocks that leave room for two programs per multiprocessor; splits that give each of them work."""
+    """Blocks that leave room for two programs per multiprocessor; splits that give each of them work.
+
+    Measured on an H200 (docs/log.md): a ring is so short that one program per multiprocessor is enough, a long
+    memory streams best in small blocks with many stages, and a selection, whose rows are scattered, in between.
+    """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
-    stages = 3
-    block_n = 64
+    per_sm, least, block_n, stages = 4, 2, 64, 3
+    if max_keys <= 1024:
+        per_sm, least = 1, 1
+    elif max_keys > 2 * MAX_SELECTED:
+        per_sm, block_n, stages = 2, 32, 5
     while block_n > 16 and stages * block_n * row_bytes > device.shared_memory // 2:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
+    while stages > 2 and stages * block_n * row_bytes > device.shared_memory // 2:
+        stages -= 1
     pairs = max(1, num_queries * kv_heads)
-    wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
-    blocks = max(1, max_keys // (2 * block_n))  # at least two blocks each, or the merge costs more than it gains
-    splits = max(1, min(wanted, MAX_SPLITS, next_power_of_2(blocks + 1) // 2))
+    wanted = -(-per_sm * device.sm_count // pairs)
+    if least > 1 and max_keys <= 2 * MAX_SELECTED:
+        wanted = per_sm * device.sm_count // pairs
+    blocks = max(1, max_keys // (least * block_n))  # of a split at least, or the merge costs more than it gains
+    splits = max(1, min(wanted, MAX_SPLITS, blocks))
     return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=stages)
