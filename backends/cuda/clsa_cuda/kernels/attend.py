@@ -137,8 +137,8 @@ def _attend_kernel(
 ):
     """Program (t * PARTS + part, split): see above."""
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) // PARTS
     g = tl.program_id(0) % PARTS * PACK  # the first of the KV heads
     split = tl.program_id(1)

@@ -24,7 +24,6 @@ class KernelOps(TorchOps):
     index_topk above `MAX_SELECTED`.
     """
 
-    linear = staticmethod(linear)
     linears = staticmethod(linears)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
@@ -32,7 +31,12 @@ class KernelOps(TorchOps):
     swiglu = staticmethod(swiglu)
     write_memory = staticmethod(write_memory)
     write_window = staticmethod(write_window)
-    gather_attention = staticmethod(gather_attention)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight)
+
+    def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
+        return gather_attention(q, memory, selection)
 
     def select(self, q_idx: Tensor, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
         if block_size > 1 or k > MAX_SELECTED:

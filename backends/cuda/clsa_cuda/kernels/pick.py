@@ -166,8 +166,8 @@ def _pick_kernel(
 ):
     """Program t: the K best positions of query t, ascending, and the rows they lie in."""
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     num_tokens = tl.load(positions + t) + 1
     table = block_table + tl.load(sequence + t).to(tl.int64) * table_stride

@@ -47,8 +47,8 @@ def _score_kernel(
 ):
     """Program (t, split): the scores of a run of pages for query t."""
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     last = tl.load(positions + t)
     table = block_table + tl.load(sequence + t).to(tl.int64) * table_stride

@@ -117,21 +117,20 @@ def attention_tiles(
     memory streams best in small blocks with many stages, and a selection, whose rows are scattered, in between.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
-    per_sm, least, block_n, stages = 4, 2, 64, 3
+    pairs = max(1, num_queries * kv_heads)
+    block_n, stages, least = 64, 3, 2  # at least two blocks a split, or the merge costs more than it gains
+    wanted = 4 * device.sm_count // pairs
     if max_keys <= 1024:
-        per_sm, least = 1, 1
+        least, wanted = 1, device.sm_count // pairs
+    elif max_keys > 2 * MAX_SELECTED and 2 * pairs >= device.sm_count:
+        block_n, stages, wanted = 32, 5, -(-2 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED:
-        per_sm, block_n, stages = 2, 32, 5
+        wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
     while block_n > 16 and stages * block_n * row_bytes > device.shared_memory // 2:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
     while stages > 2 and stages * block_n * row_bytes > device.shared_memory // 2:
         stages -= 1
-    pairs = max(1, num_queries * kv_heads)
-    wanted = -(-per_sm * device.sm_count // pairs)
-    if least > 1 and max_keys <= 2 * MAX_SELECTED:
-        wanted = per_sm * device.sm_count // pairs
-    blocks = max(1, max_keys // (least * block_n))  # of a split at least, or the merge costs more than it gains
-    splits = max(1, min(wanted, MAX_SPLITS, blocks))
+    splits = max(1, min(wanted, MAX_SPLITS, max_keys // (least * block_n)))
     return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=stages)
