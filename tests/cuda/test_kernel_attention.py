@@ -90,19 +90,19 @@ def test_several_kv_heads_in_one_program(
     num_queries = len(step.positions)
     chosen = tiles(splits, block_n, pack)
     q = ops.asarray(normal(rng, num_queries, heads, 16, dtype=dtype, scale=2.0), dtype)
-    kv = [poisoned(normal(rng, step.num_rows, kv_heads, 16, dtype=dtype), step.readable) for _ in range(2)]
-    memory, queries = filled_memory(ops, *kv, None, dtype), step.queries(ops)
+    keys, values = (poisoned(normal(rng, step.num_rows, kv_heads, 16, dtype=dtype), step.readable) for _ in range(2))
+    memory, queries = filled_memory(ops, keys, values, None, dtype), step.queries(ops)
     rows = ragged_selection(rng, num_queries, 70)
     rows = np.where(rows >= 0, step.rows_of(0, np.arange(70))[None], -1).astype(np.int32)
     selection = Selection(*(ops.asarray(x) for x in (rows, rows, (rows >= 0).sum(1).astype(np.int32))))
-    own = [ops.asarray(normal(rng, num_queries, kv_heads, 16, dtype=dtype), dtype) for _ in range(2)]
+    k, v = (ops.asarray(normal(rng, num_queries, kv_heads, 16, dtype=dtype), dtype) for _ in range(2))
     mask = readable_ring(step, 40)
-    ring = [poisoned(normal(rng, len(mask), kv_heads, 16, dtype=dtype), mask) for _ in range(2)]
-    window = filled_window(ops, *ring, 40, dtype)
+    ring_k, ring_v = (poisoned(normal(rng, len(mask), kv_heads, 16, dtype=dtype), mask) for _ in range(2))
+    window = filled_window(ops, ring_k, ring_v, 40, dtype)
     for name, attention in (
         ("gather_attention", lambda t: gather_attention(q, memory, selection, t)),
         ("dense_attention", lambda t: dense_attention(q, memory, queries, t)),
-        ("sliding_attention", lambda t: sliding_attention(q, *own, window, queries, t)),
+        ("sliding_attention", lambda t: sliding_attention(q, k, v, window, queries, t)),
     ):
         want = host(ops, attention(tiles(1)), dtype).astype(np.float64)
         assert_close(name, dtype, host(ops, attention(chosen), dtype), want, (splits, block_n, heads, kv_heads, pack))
