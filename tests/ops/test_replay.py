@@ -1,4 +1,4 @@
-"""The check that parity rests on: tied selections may be exchanged, also blocks of different visible size; no others."""
+"""The check that parity rests on: tied selections may be exchanged, blocks of other visible size too; no others."""
 
 from __future__ import annotations
 
