@@ -80,7 +80,7 @@ def score(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         "BLOCK_I": 128,
         "PAGE": PAGE_SIZE,
         "PAGES": tiles.score_pages,
-        "PDL": True,
+        "OVERLAP": True,
         "GROUP": tiles.group,
         "STAGES": tiles.score_stages,
     }
@@ -109,7 +109,7 @@ def pick(context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dic
         "MAXIMA_TILE": tiles.maxima_tile,
         "CHOSEN_TILE": tiles.chosen_tile,
         "ONE_TILE": context // tiles.group <= tiles.maxima_tile,
-        "PDL": True,
+        "OVERLAP": True,
     }
     return picking._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
 
@@ -138,7 +138,7 @@ def attention(
         "SOURCE": source,
         "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
         "STAGES": tiles.num_stages,
-        "PDL": True,
+        "OVERLAP": True,
     }
     return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
 
@@ -148,8 +148,8 @@ def report(
 ) -> str:
     aligned = [name for name, kind in types.items() if kind != "fp32" and name not in ("H", "splits")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    if "PDL" in constants:
-        constants["PDL"] = capability >= 90
+    if "OVERLAP" in constants:
+        constants["OVERLAP"] = capability >= 90
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     start = time.monotonic()

@@ -9,19 +9,16 @@ arrive of those of a query and heads merges them: there is no second launch.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as tl_cuda
 
 from clsa.errors import BackendError
+from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
-
-_MAX_PAIRS = 1 << 16  # (query, KV heads) pairs of one launch with splits; far fewer fill any GPU without
 
 
 @triton.jit
@@ -133,12 +130,10 @@ def _attend_kernel(
     SOURCE: tl.constexpr,
     SIZE: tl.constexpr,  # "list": K; "pages": tokens of a page; "ring": W; "block": rows of a query
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (t * PARTS + part, split): see above."""
-    if PDL:
-        tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // PARTS
     g = tl.program_id(0) % PARTS * PACK  # the first of the KV heads
     split = tl.program_id(1)
@@ -218,12 +213,6 @@ def _attend_kernel(
             tl.store(arrived + tl.program_id(0), 0)
 
 
-@functools.cache
-def _arrival_counters(device: torch.device) -> Tensor:
-    """Zeros that every launch leaves as zeros. Launches that share them must not overlap: one stream a device."""
-    return torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=device)
-
-
 def attend_rows(
     source: str,
     size: int,
@@ -249,7 +238,7 @@ def attend_rows(
     assert rows.stride(-1) == 1 and lengths.is_contiguous()
     assert kv_heads % tiles.pack == 0
     pairs = num_queries * kv_heads // tiles.pack
-    assert tiles.splits == 1 or pairs <= _MAX_PAIRS
+    assert tiles.splits == 1 or pairs <= MAX_ARRIVALS
     scratch = (num_queries, num_heads, tiles.splits if tiles.splits > 1 else 0)
     partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
@@ -265,7 +254,7 @@ def attend_rows(
         out,
         partial,
         sums,
-        _arrival_counters(q.device),
+        arrival_counters(q.device),
         num_heads,
         q.stride(0),
         kv[0].stride(0),
@@ -286,7 +275,7 @@ def attend_rows(
         SOURCE=source,
         SIZE=size,
         STAGES=tiles.num_stages,
-        PDL=device.early_launch,
+        OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
         **launch_options(device),
     )

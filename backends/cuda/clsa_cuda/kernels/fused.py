@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa_cuda import plain
-from clsa_cuda.kernels.overlap import overlaps, wait
-from clsa_cuda.kernels.tiles import next_power_of_2
+from clsa_cuda.kernels.overlap import wait
+from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 _SWIGLU_BLOCK = 1024
 
@@ -130,8 +130,8 @@ def _launch_norm(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tenso
         C=size,
         BLOCK_C=block,
         ADD=add,
-        OVERLAP=overlaps(x.device),
-        launch_pdl=overlaps(x.device),
+        OVERLAP=limits(x.device).early_launch,
+        **launch_options(limits(x.device)),
         num_warps=max(1, min(8, block // 512)),
     )
 
@@ -154,8 +154,8 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: f
         D=head_dim,
         BLOCK_H=next_power_of_2(heads),
         BLOCK_HALF=next_power_of_2(head_dim // 2),
-        OVERLAP=overlaps(x.device),
-        launch_pdl=overlaps(x.device),
+        OVERLAP=limits(x.device).early_launch,
+        **launch_options(limits(x.device)),
         num_warps=4,
     )
     return out
@@ -174,8 +174,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         u.stride(0),
         g.shape[1],
         BLOCK=_SWIGLU_BLOCK,
-        OVERLAP=overlaps(gate.device),
+        OVERLAP=limits(gate.device).early_launch,
         num_warps=4,
-        launch_pdl=overlaps(gate.device),
+        **launch_options(limits(gate.device)),
     )
     return out

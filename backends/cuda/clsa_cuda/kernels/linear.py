@@ -8,7 +8,6 @@ timing, nor on how many other rows there are.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clsa_cuda.kernels.overlap import overlaps, prefetch, wait
-from clsa_cuda.kernels.tiles import Limits, limits, next_power_of_2
+from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, prefetch, wait
+from clsa_cuda.kernels.tiles import Limits, launch_options, limits, next_power_of_2
 
 MAX_ROWS = 64
 _PREFETCH = 5  # blocks of K; 80 KB of weights a program
-_MAX_TILES = 1 << 16  # output tiles of one launch, each with an arrival counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +104,6 @@ def _linear_kernel(
             tl.store(arrived + tile, 0)
 
 
-@functools.cache
-def _arrival_counters(device: torch.device) -> Tensor:
-    """Zeros that every launch leaves as zeros. Launches that share them must not overlap: one stream a device."""
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` uses the kernel: few rows in 16 bits. Many rows, and float32, are cuBLAS's to multiply."""
     return x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.itemsize == 2 and weight.is_contiguous()
@@ -128,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, tiles: LinearTiles | None = None) -> Tenso
     tiles = tiles or linear_tiles(out_size, in_size, limits(x.device))
     out = torch.empty(num_rows, out_size, dtype=x.dtype, device=x.device)
     num_tiles = triton.cdiv(out_size, tiles.block_n)
-    assert num_tiles <= _MAX_TILES
+    assert num_tiles <= MAX_ARRIVALS
     block_m = max(16, next_power_of_2(num_rows))
     parts = num_tiles * tiles.splits * tiles.block_n * block_m if tiles.splits > 1 else 0
     _linear_kernel[num_tiles, tiles.splits](
@@ -136,7 +128,7 @@ def linear(x: Tensor, weight: Tensor, tiles: LinearTiles | None = None) -> Tenso
         weight,
         out,
         torch.empty(parts, dtype=torch.float32, device=x.device),
-        _arrival_counters(x.device),
+        arrival_counters(x.device),
         num_rows,
         out_size,
         x.stride(0),
@@ -147,8 +139,8 @@ def linear(x: Tensor, weight: Tensor, tiles: LinearTiles | None = None) -> Tenso
         SPLITS=tiles.splits,
         STAGES=tiles.num_stages,
         PREFETCH=_PREFETCH,
-        OVERLAP=overlaps(x.device),
+        OVERLAP=limits(x.device).early_launch,
         num_warps=tiles.num_warps,
-        launch_pdl=overlaps(x.device),
+        **launch_options(limits(x.device)),
     )
     return out

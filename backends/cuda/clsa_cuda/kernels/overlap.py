@@ -6,17 +6,24 @@ before it wrote, and before it writes anything at all. What no kernel writes, th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import cuda
 
-from clsa_cuda.kernels.tiles import limits
+MAX_ARRIVALS = 1 << 16  # counters of one launch
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device are launched that way."""
-    return limits(device).early_launch
+@functools.cache
+def arrival_counters(device: torch.device) -> Tensor:
+    """Zeros [MAX_ARRIVALS] int32 that every launch leaves as zeros, to find out which program is the last of a tile.
+
+    Kernels that use them come one after the other, as those of one stream do.
+    """
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
 @triton.jit

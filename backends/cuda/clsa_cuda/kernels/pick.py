@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as tl_cuda
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries, Selection
+from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2
 
 # Keys are int32 in the order of scores. The lowest int32 is the key of no score: nothing is there.
@@ -162,12 +162,10 @@ def _pick_kernel(
     MAXIMA_TILE: tl.constexpr,
     CHOSEN_TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program t: the K best positions of query t, ascending, and the rows they lie in."""
-    if PDL:
-        tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     num_tokens = tl.load(positions + t) + 1
     table = block_table + tl.load(sequence + t).to(tl.int64) * table_stride
@@ -231,7 +229,7 @@ def pick(keys: Tensor, maxima: Tensor, queries: Queries, k: int, tiles: SelectTi
         MAXIMA_TILE=tiles.maxima_tile,
         CHOSEN_TILE=tiles.chosen_tile,
         ONE_TILE=maxima.shape[1] <= tiles.maxima_tile,
-        PDL=device.early_launch,
+        OVERLAP=device.early_launch,
         num_warps=tiles.pick_warps,
         **launch_options(device),
     )

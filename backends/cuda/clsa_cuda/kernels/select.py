@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as tl_cuda
 
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.ops import Memory, Queries, Selection
+from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.pick import ABSENT, keys_of, pick
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2, select_tiles
 
@@ -43,12 +43,10 @@ def _score_kernel(
     PAGES: tl.constexpr,  # of one step
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (t, split): the scores of a run of pages for query t."""
-    if PDL:
-        tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     last = tl.load(positions + t)
     table = block_table + tl.load(sequence + t).to(tl.int64) * table_stride
@@ -115,7 +113,7 @@ def score_keys(q_idx: Tensor, k_idx: Tensor, queries: Queries, tiles: SelectTile
         PAGES=tiles.score_pages,
         GROUP=tiles.group,
         STAGES=tiles.score_stages,
-        PDL=device.early_launch,
+        OVERLAP=device.early_launch,
         num_warps=tiles.score_warps,
         **launch_options(device),
     )
