@@ -69,6 +69,16 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """What turns the projections of a sliding layer into its queries and keys: QK norm, then rotary positions."""
+
+    q: Array  # [D]
+    k: Array  # [D]
+    eps: float
+    theta: float
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All state of a model: `memories[plan.layers[i].memory]`, `windows[plan.layers[i].window]`."""
 
@@ -267,8 +277,16 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
         ...
 
-    def add_rms_norm(self, x: Array, y: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-        """A residual sum and what the next block reads of it: x + y in x's dtype, and the `rms_norm` of that."""
+    def norm_linears(self, x: Array, norm: Array, eps: float, weights: Sequence[Weight]) -> tuple[Array, ...]:
+        """How a block reads the residual stream: `linears` of `rms_norm(x, norm, eps)`."""
+        ...
+
+    def norm_swiglu(self, x: Array, norm: Array, eps: float, gate: Weight, up: Weight) -> Array:
+        """The first half of a feed-forward block: `swiglu` of the two products of `rms_norm(x, norm, eps)`."""
+        ...
+
+    def add_linear(self, x: Array, y: Array, weight: Weight) -> Array:
+        """How a block ends: x + linear(y, weight), rounded to x's dtype once or, between the two, twice."""
         ...
 
     def norm_rope(self, x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
@@ -330,6 +348,15 @@ class Ops(Protocol):
         """Position p attends to p-W+1..p: what came before this chunk from the ring, the chunk from k, v [T, G, D].
 
         `window` is the state before this chunk's write; [T, H, D] -> [T, H, D].
+        """
+        ...
+
+    def attend_window(
+        self, q: Array, k: Array, v: Array, norms: HeadNorms, window: Window, queries: Queries, ring_mapping: Array
+    ) -> tuple[Array, Window]:
+        """A sliding layer between its projections: `norm_rope` of q and k, `sliding_attention`, `write_window`.
+
+        q [T, H, D], k and v [T, G, D] as projected -> what was attended [T, H, D], and the window with the chunk in it.
         """
         ...
 

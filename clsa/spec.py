@@ -22,6 +22,7 @@ from clsa.ops import (
     Array,
     Compute,
     Device,
+    HeadNorms,
     Memory,
     Ops,
     QuantizedWeight,
@@ -130,8 +131,16 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def add_rms_norm(x: Array, y: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-    return x + y, rms_norm(x + y, weight, eps)
+def norm_linears(x: Array, norm: Array, eps: float, weights: Sequence[Weight]) -> tuple[Array, ...]:
+    return linears(rms_norm(x, norm, eps), weights)
+
+
+def norm_swiglu(x: Array, norm: Array, eps: float, gate: Weight, up: Weight) -> Array:
+    return swiglu(*norm_linears(x, norm, eps, (gate, up)))
+
+
+def add_linear(x: Array, y: Array, weight: Weight) -> Array:
+    return x + linear(y, weight)
 
 
 def norm_rope(x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
@@ -261,6 +270,14 @@ def sliding_attention(q: Array, k: Array, v: Array, window: Window, queries: Que
             seen_v = np.concatenate([window.v[ring], v[chunk]])
             out[t] = attend(q[t], seen_k, seen_v)
     return out
+
+
+def attend_window(
+    q: Array, k: Array, v: Array, norms: HeadNorms, window: Window, queries: Queries, ring_mapping: Array
+) -> tuple[Array, Window]:
+    q = norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
+    k = norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
+    return sliding_attention(q, k, v, window, queries), write_window(window, k, v, ring_mapping)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------

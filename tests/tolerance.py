@@ -11,6 +11,10 @@ DEFAULT = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
 TOLERANCE: dict[str, dict[str, float]] = {
     "norm_rope": {"float32": 3e-5, "bfloat16": 6e-3, "float16": 8e-4},  # float32 angles, at positions up to 1000
     "linear": {"float32": 3e-6, "bfloat16": 6e-3, "float16": 8e-4},  # the same product in another order
+    "norm_linears": {"float32": 5e-6, "bfloat16": 8e-3, "float16": 1e-3},  # a norm and a product, each rounded
+    "norm_swiglu": {"float32": 5e-6, "bfloat16": 1.2e-2, "float16": 1.6e-3},
+    "add_linear": {"float32": 3e-6, "bfloat16": 6e-3, "float16": 8e-4},
+    "attend_window": {"float32": 3e-5, "bfloat16": 1.2e-2, "float16": 1.6e-3},
     "swiglu": {"float32": 2e-6, "bfloat16": 6e-3, "float16": 8e-4},
     # Weights of many levels are rounded to the dtype by some, and on Metal term by term: scale * q, then + bias.
     "quantized": {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3},

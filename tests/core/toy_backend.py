@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clsa.ops import Compute, Device, Memory, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Compute, Device, HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Window
 
 PAGE = 64
 name = "toy"
@@ -95,8 +95,16 @@ def linears(x: Box, weights: Sequence[Box]) -> tuple[Box, ...]:
     return tuple(linear(x, weight) for weight in weights)
 
 
-def add_rms_norm(x: Box, y: Box, weight: Box, eps: float) -> tuple[Box, Box]:
-    return x + y, rms_norm(x + y, weight, eps)
+def norm_linears(x: Box, norm: Box, eps: float, weights: Sequence[Box]) -> tuple[Box, ...]:
+    return linears(rms_norm(x, norm, eps), weights)
+
+
+def norm_swiglu(x: Box, norm: Box, eps: float, gate: Box, up: Box) -> Box:
+    return swiglu(*norm_linears(x, norm, eps, (gate, up)))
+
+
+def add_linear(x: Box, y: Box, weight: Box) -> Box:
+    return x + linear(y, weight)
 
 
 def norm_rope(x: Box, weight: Box, eps: float, positions: Box, theta: float) -> Box:
@@ -229,6 +237,14 @@ def sliding_attention(q: Box, k: Box, v: Box, window: Window, queries: Queries) 
     seen_k = np.where(is_new, k.inside[chunk], window.k.inside[ring])
     seen_v = np.where(is_new, v.inside[chunk], window.v.inside[ring])
     return _attend(q, seen_k, seen_v, positions >= 0)
+
+
+def attend_window(
+    q: Box, k: Box, v: Box, norms: HeadNorms, window: Window, queries: Queries, ring_mapping: Box
+) -> tuple[Box, Window]:
+    q = norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
+    k = norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
+    return sliding_attention(q, k, v, window, queries), write_window(window, k, v, ring_mapping)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_ctrl_c_anywhere_leaves_the_model_usable() -> None:
 
 
 @on_backends
-@pytest.mark.parametrize("function", ["linear", "sample", "fetch"])
+@pytest.mark.parametrize("function", ["norm_linears", "sample", "fetch"])
 def test_ctrl_c_on_a_device(backend: str, function: str) -> None:
     ops: Any = Failing(open_ops(backend))
     engine = models.engine(ops)

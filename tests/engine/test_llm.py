@@ -252,7 +252,7 @@ def test_ctrl_c_in_generate_also_ends_an_open_stream(llm: LLM) -> None:
     stream = llm.stream(TEXTS[0], SHORT)
     next(stream)
     ops = failing(llm)
-    ops.fail("linear", 30, KeyboardInterrupt())
+    ops.fail("norm_linears", 30, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         llm.generate(TEXTS, SHORT)
     with pytest.raises(ClsaError, match="interrupted"):

@@ -57,16 +57,6 @@ def test_a_padded_row_does_not_touch_the_others(ops: Ops, dtype: str) -> None:
     assert_close("norm_rope", dtype, host(ops, got, dtype)[[0, 2]], want[[0, 2]])
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (5, 111), (3, 2560)])
-def test_add_rms_norm(ops: Ops, dtype: str, shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    x, y, weight = (normal(rng, *size, dtype=dtype) for size in (shape, shape, shape[1:]))
-    total, normed = ops.add_rms_norm(ops.asarray(x), ops.asarray(y), ops.asarray(weight), 1e-6)
-    want_total, want = spec.add_rms_norm(spec.asarray(x), spec.asarray(y), spec.asarray(weight), 1e-6)
-    assert_close("swiglu", dtype, host(ops, total, dtype), want_total, shape)
-    assert_close("norm_rope", dtype, host(ops, normed, dtype), want, shape)
-
-
 def test_linears_are_linear_several_times(ops: Ops, dtype: str) -> None:
     rng = np.random.default_rng(0)
     x = ops.asarray(normal(rng, 3, 64, dtype=dtype))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, Memory, QuantizedWeight, Window
+from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Window
 from clsa_cuda import plain, state
 from clsa_cuda.attention import MAX_TEMPORARY_BYTES
 from clsa_cuda.dense_attention import dense_attention
@@ -112,7 +112,7 @@ class TorchOps:
     linear = staticmethod(plain.linear)
     rms_norm = staticmethod(plain.rms_norm)
     linears = staticmethod(plain.linears)
-    add_rms_norm = staticmethod(plain.add_rms_norm)
+    add_linear = staticmethod(plain.add_linear)
     norm_rope = staticmethod(plain.norm_rope)
     swiglu = staticmethod(plain.swiglu)
     write_memory = staticmethod(state.write_memory)
@@ -124,6 +124,27 @@ class TorchOps:
     dense_attention = staticmethod(dense_attention)
     sliding_attention = staticmethod(sliding_attention)
     sample = staticmethod(sample)
+
+    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.linears(self.rms_norm(x, norm, eps), weights)
+
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+        return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
+
+    def attend_window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms,
+        window: Window,
+        queries: Queries,
+        ring_mapping: Tensor,
+    ) -> tuple[Tensor, Window]:
+        q = self.norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
+        k = self.norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
+        o = self.sliding_attention(q, k, v, window, queries)
+        return o, self.write_window(window, k, v, ring_mapping)
 
 
 def _host_tensor(x: np.ndarray) -> Tensor:

@@ -79,14 +79,13 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + y
-    return total, rms_norm(total, weight, eps)
-
-
 def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
     return rope(rms_norm(x, weight, eps), positions, theta)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(x, y, weight.T)

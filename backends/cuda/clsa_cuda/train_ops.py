@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa.errors import BackendError
-from clsa.ops import Compute, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
 from clsa_cuda import plain
 
 
@@ -119,6 +119,7 @@ class TrainOps:
     linear = staticmethod(plain.linear)
     linears = staticmethod(plain.linears)
     swiglu = staticmethod(plain.swiglu)
+    add_linear = staticmethod(plain.add_linear)
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch: int, length: int, sparse: bool) -> None:
         self.device = str(device)
@@ -178,9 +179,11 @@ class TrainOps:
         first, second = wide(x).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x + y
-        return total, self.rms_norm(total, weight, eps)
+    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.linears(self.rms_norm(x, norm, eps), weights)
+
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+        return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
 
     def norm_rope(self, x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
         return self.rope(self.rms_norm(x, weight, eps), positions, theta)
@@ -233,6 +236,20 @@ class TrainOps:
         out = _sdpa(q, k, v, self._band(blocks, size))
         out = out.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)  # [B, blocks * W, H, D]
         return out[:, :length].flatten(0, 1)
+
+    def attend_window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms,
+        window: Window,
+        queries: Queries,
+        ring_mapping: Tensor,
+    ) -> tuple[Tensor, Window]:
+        q = self.norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
+        k = self.norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
+        return self.sliding_attention(q, k, v, window, queries), window
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> Sampled:
         _not_in_training("sample")

@@ -12,11 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, QuantizedWeight, Weight
+from clsa.ops import Compute, HeadNorms, QuantizedWeight, Queries, Weight, Window
 from clsa_mlx import kernels
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import fused, on_gpu
-from clsa_mlx.kernels.add_rms_norm import add_rms_norm as launch_add_rms_norm
 from clsa_mlx.kernels.norm_rope import norm_rope as launch_norm_rope
 from clsa_mlx.quantized import quantized_linear, quantized_rows
 from clsa_mlx.sample import sample
@@ -137,13 +136,6 @@ def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
     return rotated.astype(x.dtype)
 
 
-def add_rms_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    if kernels.enabled:
-        return launch_add_rms_norm(x, y, weight, eps)
-    total = x + y
-    return total, rms_norm(total, weight, eps)
-
-
 def norm_rope(x: mx.array, weight: mx.array, eps: float, positions: mx.array, theta: float) -> mx.array:
     if kernels.enabled:
         return launch_norm_rope(x, weight, eps, positions, _frequencies(x.shape[-1] // 2, theta))
@@ -161,10 +153,39 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
 
 
+def norm_linears(x: mx.array, norm: mx.array, eps: float, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
+    return linears(rms_norm(x, norm, eps), weights)
+
+
+def norm_swiglu(x: mx.array, norm: mx.array, eps: float, gate: Weight, up: Weight) -> mx.array:
+    return swiglu(*norm_linears(x, norm, eps, (gate, up)))  # type: ignore[no-any-return]
+
+
+def add_linear(x: mx.array, y: mx.array, weight: Weight) -> mx.array:
+    if isinstance(weight, QuantizedWeight):
+        return x + quantized_linear(y, weight)
+    return mx.addmm(x, y, weight.T)
+
+
+def attend_window(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    norms: HeadNorms,
+    window: Window,
+    queries: Queries,
+    ring_mapping: mx.array,
+) -> tuple[mx.array, Window]:
+    q = norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
+    k = norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
+    return sliding_attention(q, k, v, window, queries), write_window(window, k, v, ring_mapping)
+
+
 __all__ = [
-    "add_rms_norm",
+    "add_linear",
     "asarray",
     "asarrays",
+    "attend_window",
     "cast",
     "concat",
     "copy_window",
@@ -182,7 +203,9 @@ __all__ = [
     "name",
     "new_memory",
     "new_window",
+    "norm_linears",
     "norm_rope",
+    "norm_swiglu",
     "quantized_weight",
     "record",
     "rms_norm",

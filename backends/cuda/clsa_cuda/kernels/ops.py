@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clsa.ops import Memory, Queries, Selection, Window
 from clsa_cuda.kernels.dense_attention import dense_attention
-from clsa_cuda.kernels.fused import add_rms_norm, norm_rope, rms_norm, swiglu
+from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import linear
 from clsa_cuda.kernels.linears import linears
@@ -26,7 +26,6 @@ class KernelOps(TorchOps):
 
     linears = staticmethod(linears)
     rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
     write_memory = staticmethod(write_memory)
