@@ -10,9 +10,10 @@ prefix of mixed origin would not be exact. So a file belongs to a backend, and t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,13 @@ def cache_metadata(model: ModelHash, ops: Ops, dtype: str, salt: str) -> dict[st
         raise RequestError(f"backend {ops.name!r} keeps no {dtype} state, and a cache file would round it; use another")
     hidden = hashlib.sha256(b"clsa salt " + salt.encode("utf-8", "surrogatepass")).hexdigest()
     return {"format": FORMAT, "model": model.hex(), "backend": ops.name, "dtype": dtype, "salt": hidden}
+
+
+def cache_key(tokens: Sequence[int], metadata: Mapping[str, str]) -> str:
+    """64 hex digits for the state of the whole pages of `tokens`: the same for the same `metadata` and pages."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    digest.update(np.array(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE], np.uint32).tobytes())
+    return digest.hexdigest()
 
 
 def write_cache(path: Path, prefix: PrefixState, metadata: Mapping[str, str]) -> None:

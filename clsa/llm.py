@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import accumulate, compress
 from operator import and_
@@ -14,11 +14,12 @@ from typing import TypeVar, cast
 import numpy as np
 
 from clsa.backend import load_backend
-from clsa.cache_file import cache_metadata, read_cache, write_cache
+from clsa.cache_file import cache_key, cache_metadata, read_cache, write_cache
+from clsa.chat_file import chat_metadata, read_chat
 from clsa.checkpoint import Checkpoint, open_checkpoint
 from clsa.config import DTYPES, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams, check_float
 from clsa.engine import Engine
-from clsa.errors import ClsaError, ConfigError, RequestError
+from clsa.errors import CheckpointError, ClsaError, ConfigError, RequestError
 from clsa.hub import resolve
 from clsa.inspect_model import evaluate_logits, evaluate_selection
 from clsa.model_hash import ModelHash
@@ -32,6 +33,7 @@ from clsa.tokenizer import Tokenizer, load_tokenizer
 from clsa.weights import load_weights
 
 K = TypeVar("K")
+Progress = Callable[[int, int], None]  # tokens of a prompt that are done, and all of them
 
 
 def load(
@@ -149,13 +151,16 @@ class LLM:
         priority: int = 0,
         salt: str = "",
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Piece]:
         """Answer one prompt piece by piece. Closing the iterator cancels the request and frees its state.
 
+        `progress` is called with the tokens of the prompt that are done and all of them, whenever the next step of
+        the prompt is under way; what it raises ends the request, and the prefix cache keeps the most of what was done.
         Raises RequestError if the prompt can never be answered; a request that fails later raises ClsaError from
         the iterator. Several streams and calls of `generate` may take turns. See `generate` for the arguments.
         """
-        return self._pieces(self._request(prompt, streamed(params), priority, salt, timeout), None)
+        return self._pieces(self._request(prompt, streamed(params), priority, salt, timeout), None, progress)
 
     def chat(
         self,
@@ -166,18 +171,20 @@ class LLM:
         priority: int = 0,
         salt: str = "",
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> RequestOutput | Iterator[Piece]:
         """Answer the last message of a conversation ({"role", "content"} each), by the model's chat template.
 
         The state of earlier turns is found again in the prefix cache; only what is new is computed. For that the
-        answer of the turn before is kept as it was generated, and not tokenised anew. See `generate` for the arguments.
+        answer of the turn before is kept as it was generated, and not tokenised anew. See `generate` and `stream` for
+        the arguments.
         """
         text = self.tokenizer.apply_chat_template(messages)
         turn = Turn(text, self._turn.encode_next(text, self.tokenizer))
         if stream:
-            return self._pieces(self._request(turn.prompt, streamed(params), priority, salt, timeout), turn)
+            return self._pieces(self._request(turn.prompt, streamed(params), priority, salt, timeout), turn, progress)
         request = self._request(turn.prompt, check_params(params), priority, salt, timeout)
-        return collect(request, list(self._deltas(request, turn)))
+        return collect(request, list(self._deltas(request, turn, progress)))
 
     def save_cache(self, path: str | Path, prompt: Prompt, *, salt: str = "") -> int:
         """Write the state of a prompt's full pages to a safetensors file, computing it where it is not cached.
@@ -186,19 +193,7 @@ class LLM:
         (about a second per 2 GB and core). Raises RequestError if the prompt has no full page, the prefix cache cannot
         hold it or the backend is "numpy", CheckpointError if the file cannot be written.
         """
-        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
-        tokens = encode(prompt, self.tokenizer, self.config.vocab_size)
-        output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
-        if output.error is not None:
-            raise ClsaError(output.error)
-        prefix = self._engine.read_prefix(tokens, salt)
-        if not prefix.tokens or len(prefix.tokens) < len(tokens) // PAGE_SIZE * PAGE_SIZE:
-            raise RequestError(
-                f"the prefix cache holds {len(prefix.tokens)} tokens of this prompt of {len(tokens)}, and whole pages "
-                f"of {PAGE_SIZE} are saved; give a longer prompt, or enlarge prefix_cache_bytes or max_tokens_in_memory"
-            )
-        write_cache(Path(path), prefix, metadata)
-        return len(prefix.tokens)
+        return self._save(path, encode(prompt, self.tokenizer, self.config.vocab_size), salt, {})
 
     def load_cache(self, path: str | Path, *, salt: str = "") -> int:
         """Put the state that `save_cache` wrote into the prefix cache; the next prompt that begins alike takes it up.
@@ -210,6 +205,36 @@ class LLM:
         prefix = read_cache(Path(path), self._plan, metadata, self._engine.sizes.max_model_len)
         self._engine.write_prefix(prefix, salt)
         return len(prefix.tokens)
+
+    def cache_key(self, prompt: Prompt, *, salt: str = "") -> str:
+        """64 hex digits for what `save_cache` would write: a hash over model, backend, dtype, salt and whole pages."""
+        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        return cache_key(encode(prompt, self.tokenizer, self.config.vocab_size), metadata)
+
+    def save_chat(self, path: str | Path, messages: Messages, *, salt: str = "") -> int:
+        """`save_cache` of a conversation that ends with an answer, with its messages. `load_chat` takes it up again."""
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        tokens = self._turn.encode_next(text, self.tokenizer)
+        return self._save(path, tokens, salt, chat_metadata(messages, tokens))
+
+    def load_chat(self, path: str | Path, *, salt: str = "") -> tuple[list[dict[str, str]], int]:
+        """`load_cache` of a conversation: its messages, and the number of tokens whose state was read.
+
+        Raises CheckpointError also if the file holds no conversation.
+        """
+        path, metadata = Path(path), cache_metadata(self._hash, self._ops, self.dtype, salt)
+        prefix = read_cache(path, self._plan, metadata, self._engine.sizes.max_model_len)
+        messages, tail = read_chat(path, self.config.vocab_size)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+            anew = self.tokenizer.encode(text, add_special_tokens=False)
+        except RequestError as error:
+            raise CheckpointError(f"the conversation in {path} is damaged: {error}") from None
+        self._engine.write_prefix(prefix, salt)
+        tokens = [*prefix.tokens, *tail]
+        # Where they make another text, as with a template that has changed since, the text counts.
+        self._turn = Turn(text, tokens if self.tokenizer.decode(tokens) == self.tokenizer.decode(anew) else anew)
+        return messages, len(prefix.tokens)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
@@ -233,6 +258,20 @@ class LLM:
     def close(self) -> None:
         """Let go of weights and state; the object must not be used again."""
         del self._engine, self._params, self._hash
+
+    def _save(self, path: str | Path, tokens: list[int], salt: str, extra: dict[str, str]) -> int:
+        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
+        if output.error is not None:
+            raise ClsaError(output.error)
+        prefix = self._engine.read_prefix(tokens, salt)
+        if not prefix.tokens or len(prefix.tokens) < len(tokens) // PAGE_SIZE * PAGE_SIZE:
+            raise RequestError(
+                f"the prefix cache holds {len(prefix.tokens)} tokens of this prompt of {len(tokens)}, and whole pages "
+                f"of {PAGE_SIZE} are saved; give a longer prompt, or enlarge prefix_cache_bytes or max_tokens_in_memory"
+            )
+        write_cache(Path(path), prefix, metadata | extra)
+        return len(prefix.tokens)
 
     def _request(
         self, prompt: Prompt, params: SamplingParams, priority: int, salt: str, timeout: float | None
@@ -302,7 +341,7 @@ class LLM:
             return request
         return collect(request, list(self._mail.pop(request.id)))
 
-    def _deltas(self, request: Request, turn: Turn | None) -> Generator[Delta]:
+    def _deltas(self, request: Request, turn: Turn | None, progress: Progress | None) -> Generator[Delta]:
         """Run the engine until a request has ended. What its steps bring to others waits in their mail."""
         mail = self._mail.setdefault(request.id, deque())
         self._turn = turn or self._turn
@@ -311,7 +350,10 @@ class LLM:
             has_ended = False
             while not has_ended:
                 while not mail:
+                    done = request.num_computed
                     self._step()
+                    if progress is not None and done < request.num_prompt_tokens:
+                        progress(max(done, request.cached_tokens), request.num_prompt_tokens)
                 delta = mail.popleft()
                 has_ended = delta.finish_reason is not None
                 if turn is not None:
@@ -320,8 +362,8 @@ class LLM:
         finally:
             self._close([request])
 
-    def _pieces(self, request: Request, turn: Turn | None) -> Iterator[Piece]:
-        with closing(self._deltas(request, turn)) as deltas:
+    def _pieces(self, request: Request, turn: Turn | None, progress: Progress | None) -> Iterator[Piece]:
+        with closing(self._deltas(request, turn, progress)) as deltas:
             clock = PieceClock(request)
             for delta in deltas:
                 yield clock.piece(delta, self._ops.memory_stats()["peak"])
