@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -13,7 +14,7 @@ from clsa.errors import BackendError
 from clsa.ops import Ops, Selection
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.gather_attention import compact_attention, compact_rows, gather_attention
-from clsa_cuda.kernels.sliding_attention import sliding_attention
+from clsa_cuda.kernels.sliding_attention import attend_window, sliding_attention
 from clsa_cuda.kernels.tiles import MAX_SPLITS, AttentionTiles, Limits, attention_tiles
 from tests.ops.cases import (
     DECODE,
@@ -27,6 +28,7 @@ from tests.ops.cases import (
     poisoned,
     rounded,
 )
+from tests.ops.test_attend_window import compare
 from tests.ops.test_gather_attention import ragged_selection
 from tests.ops.test_sliding_attention import readable_ring
 from tests.tolerance import assert_close
@@ -205,6 +207,17 @@ def test_sliding_attention(
     result = host(ops, got, dtype)
     assert not result[padded].any(), "a padded query must get zeros"
     assert_close("sliding_attention", dtype, result, np.asarray(want), (size, splits, heads, kv_heads, head_dim))
+
+
+@pytest.mark.parametrize("size, splits", [(1, 1), (7, 2), (64, 4)])
+@DECODE_HEADS
+@STEP
+def test_attend_window(
+    ops: Ops, dtype: str, chunks: list[Chunk], size: int, splits: int, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    pack = 2 if kv_heads % 2 == 0 else 1
+    attend = functools.partial(attend_window, tiles=tiles(splits, pack=pack))
+    compare(ops, attend, dtype, chunks, size, heads, kv_heads, head_dim)
 
 
 def test_split_results_do_not_depend_on_what_ran_before(ops: Ops) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from clsa import spec
 from clsa_cuda.kernels import fused, linear
-from clsa_cuda.kernels.linears import linears
+from clsa_cuda.kernels.blocks import linears, norm_linears, norm_swiglu
 from tests.cuda.conftest import DEVICE
 from tests.tolerance import assert_close
 
@@ -49,16 +49,6 @@ def test_rms_norm(dtype: str, shape: tuple[int, int]) -> None:
         assert_close("rms_norm", dtype, wide(fused.rms_norm(given, weight, 1e-6)), want, shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm(dtype: str, shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    x, y, weight = array(rng, dtype, *shape), array(rng, dtype, *shape), array(rng, dtype, shape[1])
-    total, normed = fused.add_rms_norm(x, part(y), weight, 1e-6)
-    assert torch.equal(total, x + y)
-    want = spec.rms_norm(wide(total), wide(weight), 1e-6)
-    assert_close("rms_norm", dtype, wide(normed), want, shape)
-
-
 @pytest.mark.parametrize("heads, head_dim", [(1, 2), (3, 64), (5, 80), (20, 128)])
 def test_norm_rope(dtype: str, heads: int, head_dim: int) -> None:
     rng = np.random.default_rng(0)
@@ -93,17 +83,45 @@ def test_linears_move_the_weights_once_and_change_nothing() -> None:
         assert (places == [weight.data_ptr() for weight in weights]) == (call > 0)
 
 
+def tiles(splits: int) -> linear.LinearTiles:
+    return linear.LinearTiles(32, 128, splits, num_warps=4, num_stages=3)
+
+
 @pytest.mark.parametrize(
-    "rows, out_size, in_size", [(1, 1, 8), (1, 64, 128), (3, 65, 1000), (17, 130, 260), (64, 33, 2048)]
+    "rows, out_size, in_size", [(1, 1, 8), (1, 64, 128), (1, 70, 515), (3, 65, 1000), (17, 130, 260), (64, 33, 2048)]
 )
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_linear(rows: int, out_size: int, in_size: int, splits: int) -> None:
+def test_product(rows: int, out_size: int, in_size: int, splits: int) -> None:
+    """Alone, with a norm before it, with a residual or the feed-forward's gate behind it, and all of them."""
     rng = np.random.default_rng(0)
     dtype = "bfloat16" if DEVICE != "cpu" else "float16"
-    x, weight = array(rng, dtype, rows, in_size), array(rng, dtype, out_size, in_size)
+    x, weight = array(rng, dtype, rows, in_size), array(rng, dtype, 2 * out_size, in_size) * in_size**-0.5
+    norm, residual = array(rng, dtype, in_size), array(rng, dtype, rows, out_size)
+    case = (rows, out_size, in_size, splits)
+    plain = wide(x) @ wide(weight[:out_size]).T
+    gate, up = spec.norm_linears(wide(x), wide(norm), 1e-6, (wide(weight[:out_size]), wide(weight[out_size:])))
     for given in (x, part(x)):
-        got = linear.linear(given, weight, linear.LinearTiles(64, 128, splits, num_warps=4, num_stages=3))
-        assert_close("linear", dtype, wide(got), wide(x) @ wide(weight).T, (rows, out_size, in_size, splits))
+        got = linear.product(given, weight[:out_size], tiles=tiles(splits))
+        assert_close("linear", dtype, wide(got), plain, case)
+        got = linear.product(given, weight[:out_size], residual=part(residual), tiles=tiles(splits))
+        assert_close("add_linear", dtype, wide(got), plain + wide(residual), case)
+        got = linear.product(given, weight, norm=norm, eps=1e-6, tiles=tiles(splits))
+        assert_close("norm_linears", dtype, wide(got), np.concatenate([gate, up], axis=1), case)
+        got = linear.product(given, weight, norm=norm, eps=1e-6, swiglu=True, tiles=tiles(splits))
+        assert_close("norm_swiglu", dtype, wide(got), spec.swiglu(gate, up), case)
+
+
+def test_large_rows_in_float16() -> None:
+    """What is multiplied is normed before it is rounded: x times the norm's weight would be infinite."""
+    rng = np.random.default_rng(0)
+    x, norm = 3e4 * array(rng, "float16", 2, 64).sign(), 8 * array(rng, "float16", 64).sign()
+    weights = [array(rng, "float16", 8, 64) for _ in range(2)]
+    want = spec.norm_linears(wide(x), wide(norm), 1e-6, [wide(weight) for weight in weights])
+    got = norm_linears(x, norm, 1e-6, weights)
+    assert_close("norm_linears", "float16", wide(got[1]), want[1])
+    gated = norm_swiglu(x, norm, 1e-6, weights[0] / 64, weights[1])
+    want_gated = spec.norm_swiglu(wide(x), wide(norm), 1e-6, wide(weights[0] / 64), wide(weights[1]))
+    assert_close("norm_swiglu", "float16", wide(gated), want_gated)
 
 
 def test_linear_of_many_rows_or_float32_is_left_to_torch() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,6 +25,20 @@ CASES = STEPS | DECODE
 def test_attend_window(
     ops: Ops, dtype: str, chunks: list[Chunk], size: int, heads: int, kv_heads: int, head_dim: int
 ) -> None:
+    compare(ops, ops.attend_window, dtype, chunks, size, heads, kv_heads, head_dim)
+
+
+def compare(
+    ops: Ops,
+    attend_window: Callable[..., Any],
+    dtype: str,
+    chunks: list[Chunk],
+    size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Hold a function of arrays of `ops` against the specification: what it returns, what it writes and what not."""
     rng = np.random.default_rng(0)
     step = layout(rng, chunks)
     num_tokens, padded = len(step.positions), step.positions < 0
@@ -33,14 +51,14 @@ def test_attend_window(
     ring = [poisoned(normal(rng, len(mask), kv_heads, head_dim, dtype=dtype), mask) for _ in range(2)]
     mapping = ring_mapping(step.positions, step.sequence, step.window_slots, step.cu_seqlens, size)
     results = [
-        o.attend_window(
+        attend(
             *(o.asarray(x) for x in (q, k, v)),
             HeadNorms(o.asarray(norms[0]), o.asarray(norms[1]), 1e-6, 1e4),
             filled_window(o, ring[0], ring[1], size, dtype),
             step.queries(o),
             o.asarray(mapping),
         )
-        for o in (ops, spec)
+        for o, attend in ((ops, attend_window), (spec, spec.attend_window))
     ]
     (got, window), (want, want_window) = results
     result = host(ops, got, dtype)
@@ -59,7 +77,7 @@ def ring_mapping(
 ) -> np.ndarray:
     """Where each token goes: the last W of each chunk to their place in the ring, all others nowhere."""
     mapping = np.full(len(positions), -1, np.int32)
-    for b, (first, last) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for b, (first, last) in enumerate(pairwise(cu_seqlens)):
         for t in range(max(first, last - size), last):
             if positions[t] >= 0:
                 mapping[t] = slots[b] * size + positions[t] % size

@@ -10,6 +10,7 @@ arrive of those of a query and heads merges them: there is no second launch.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.errors import BackendError
+from clsa.ops import HeadNorms
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 
@@ -96,6 +98,26 @@ def _rows_of_block(
     return row, seen
 
 
+@triton.jit
+def _normed_and_turned(heads, mask, norm, frequencies, position, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """QK norm and rotary positions of a tile of heads, one pointer each [BLOCK_H, 1] -> [BLOCK_H, BLOCK_D]."""
+    d = tl.arange(0, BLOCK_D)
+    partner = (d + D // 2) % D  # what d is turned with
+    x = tl.load(heads + d[None, :], mask=mask, other=0.0)
+    y = tl.load(heads + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
+    there = d < D
+    w_x = tl.load(norm + d, mask=there, other=0.0).to(tl.float32)[None, :]
+    w_y = tl.load(norm + partner, mask=there, other=0.0).to(tl.float32)[None, :]
+    # Rounded between norm and rotation, as the two plain ops do.
+    wide = (wide * scale * w_x).to(x.dtype).to(tl.float32)
+    y = (y * scale * w_y).to(x.dtype).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=there, other=0.0)
+    sine = tl.where(d < D // 2, -tl.sin(angle), tl.sin(angle))
+    return (wide * tl.cos(angle)[None, :] + y * sine[None, :]).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _attend_kernel(
     q,  # [T, H, D]
@@ -103,6 +125,10 @@ def _attend_kernel(
     v,  # [N, G, D]
     own_k,  # [T, G, D], "ring" only: the query's own token, which is not in the ring yet
     own_v,  # [T, G, D]
+    q_norm,  # [D], WINDOW only
+    k_norm,  # [D], WINDOW only
+    frequencies,  # [D / 2] float32, WINDOW only
+    mapping,  # [T] row of the ring that the token is written to or -1, WINDOW only
     rows,  # "list": [T, K] rows; "pages": [B, M] page table; "ring": [T] slots; "block": not read
     lengths,  # "block": [T] keys; "pages", "ring": [T] positions; "list": not read, -1 ends the rows
     sequence,  # [T], "pages" only
@@ -118,6 +144,7 @@ def _attend_kernel(
     own_v_stride,
     rows_stride,
     scale,  # log2(e) / sqrt(D)
+    eps,
     splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -130,6 +157,7 @@ def _attend_kernel(
     SOURCE: tl.constexpr,
     SIZE: tl.constexpr,  # "list": K; "pages": tokens of a page; "ring": W; "block": rows of a query
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,  # "ring" only: q and own_k are projections; norm, turn, and write the token to the ring
     OVERLAP: tl.constexpr,
 ):
     """Program (t * PARTS + part, split): see above."""
@@ -142,7 +170,11 @@ def _attend_kernel(
     first_head = t * H + g * REPEAT
     head = first_head + h
     q_mask = (h < PACK * REPEAT)[:, None] & (d < D)[None, :]
-    q_tile = tl.load(q + t * q_stride + (g * REPEAT + h)[:, None] * D + d[None, :], mask=q_mask, other=0.0)
+    heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D
+    if WINDOW:
+        q_tile = _normed_and_turned(heads, q_mask, q_norm, frequencies, tl.load(lengths + t), eps, D, BLOCK_D)
+    else:
+        q_tile = tl.load(heads + d[None, :], mask=q_mask, other=0.0)
 
     base = t * SIZE
     position = 0
@@ -165,8 +197,17 @@ def _attend_kernel(
     if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
         if (split == 0) & (position >= 0):
             place = (g + h // REPEAT)[:, None] * D + d[None, :]
-            mine_k = tl.load(own_k + t * own_k_stride + place, mask=q_mask, other=0.0)
             mine_v = tl.load(own_v + t * own_v_stride + place, mask=q_mask, other=0.0)
+            if WINDOW:
+                heads = own_k + t * own_k_stride + (g + h // REPEAT)[:, None] * D
+                mine_k = _normed_and_turned(heads, q_mask, k_norm, frequencies, position, eps, D, BLOCK_D)
+                to = tl.load(mapping + t).to(tl.int64)
+                # Nobody reads this row now: it held position p - W, or nothing.
+                first_of_its_head = q_mask & (h % REPEAT == 0)[:, None] & (to >= 0)
+                tl.store(k + to * k_stride + place, mine_k, mask=first_of_its_head)
+                tl.store(v + to * v_stride + place, mine_v, mask=first_of_its_head)
+            else:
+                mine_k = tl.load(own_k + t * own_k_stride + place, mask=q_mask, other=0.0)
             highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32), axis=1) * scale
             total = tl.full([BLOCK_H], 1.0, tl.float32)
             acc += mine_v.to(tl.float32)
@@ -213,6 +254,15 @@ def _attend_kernel(
             tl.store(arrived + tl.program_id(0), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What makes a projected token one of the ring's."""
+
+    norms: HeadNorms
+    frequencies: Tensor  # [D / 2] float32
+    mapping: Tensor  # [T] int32 row of the ring, -1: nowhere
+
+
 def attend_rows(
     source: str,
     size: int,
@@ -223,6 +273,7 @@ def attend_rows(
     lengths: Tensor,
     sequence: Tensor | None,
     tiles: AttentionTiles,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D]."""
     num_queries, num_heads, head_dim = q.shape
@@ -248,6 +299,7 @@ def attend_rows(
         q,
         *kv,
         *own,
+        *((arrival.norms.q, arrival.norms.k, arrival.frequencies, arrival.mapping) if arrival else (q, q, q, q)),
         rows,
         lengths,
         lengths if sequence is None else sequence,
@@ -263,6 +315,7 @@ def attend_rows(
         own[1].stride(0),
         rows.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
+        arrival.norms.eps if arrival else 0.0,
         tiles.splits,
         D=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
@@ -275,6 +328,7 @@ def attend_rows(
         SOURCE=source,
         SIZE=size,
         STAGES=tiles.num_stages,
+        WINDOW=arrival is not None,
         OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
         **launch_options(device),

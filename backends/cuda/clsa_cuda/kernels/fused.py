@@ -17,16 +17,12 @@ _SWIGLU_BLOCK = 1024
 @triton.jit
 def _rms_norm_kernel(
     x,  # [T, C], rows x_stride apart
-    y,  # [T, C], rows y_stride apart; added to x if ADD
     weight,  # [C]
-    total,  # [T, C]
     out,  # [T, C]
     x_stride,
-    y_stride,
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program t: row t."""
@@ -35,11 +31,6 @@ def _rms_norm_kernel(
     c = tl.arange(0, BLOCK_C)
     mask = c < C
     value = tl.load(x + t * x_stride + c, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(y + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + t * C + c, rounded, mask=mask)
-        value = rounded.to(tl.float32)  # the norm is of what the next block sees
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / C + eps)
     normed = value * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + t * C + c, normed.to(out.dtype.element_ty), mask=mask)
@@ -104,36 +95,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`Ops.rms_norm`."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(rows, rows, weight, out, out, eps, add=False)
-    return out
-
-
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`Ops.add_rms_norm`."""
-    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _launch_norm(_rows(x), _rows(y), weight, total, out, eps, add=True)
-    return total, out
-
-
-def _launch_norm(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, add: bool) -> None:
-    num_rows, size = x.shape
+    num_rows, size = rows.shape
     block = next_power_of_2(size)
     _rms_norm_kernel[num_rows,](
-        x,
-        y,
+        rows,
         weight,
-        total,
         out,
-        x.stride(0),
-        y.stride(0),
+        rows.stride(0),
         eps,
         C=size,
         BLOCK_C=block,
-        ADD=add,
         OVERLAP=limits(x.device).early_launch,
         **launch_options(limits(x.device)),
         num_warps=max(1, min(8, block // 512)),
     )
+    return out
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:

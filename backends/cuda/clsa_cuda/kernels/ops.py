@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from clsa.ops import Memory, Queries, Selection, Window
+from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
+from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import linear
-from clsa_cuda.kernels.linears import linears
 from clsa_cuda.kernels.select import select
-from clsa_cuda.kernels.sliding_attention import sliding_attention
+from clsa_cuda.kernels.sliding_attention import attend_window, sliding_attention
 from clsa_cuda.kernels.tiles import MAX_SELECTED
 from clsa_cuda.kernels.write_memory import write_memory, write_window
 from clsa_cuda.ops import TorchOps
@@ -25,11 +27,18 @@ class KernelOps(TorchOps):
     """
 
     linears = staticmethod(linears)
+    add_linear = staticmethod(add_linear)
     rms_norm = staticmethod(rms_norm)
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
     write_memory = staticmethod(write_memory)
     write_window = staticmethod(write_window)
+
+    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return norm_linears(x, norm, eps, weights)
+
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+        return norm_swiglu(x, norm, eps, gate, up)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight)
@@ -49,3 +58,16 @@ class KernelOps(TorchOps):
     def sliding_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window, queries: Queries) -> Tensor:
         run = sliding_attention if queries.one_each else TorchOps.sliding_attention
         return run(q, k, v, window, queries)
+
+    def attend_window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms,
+        window: Window,
+        queries: Queries,
+        ring_mapping: Tensor,
+    ) -> tuple[Tensor, Window]:
+        run = attend_window if queries.one_each else super().attend_window
+        return run(q, k, v, norms, window, queries, ring_mapping)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from clsa.errors import BackendError
-from clsa.ops import Queries, Window
-from clsa_cuda.kernels.attend import attend_rows
+from clsa.ops import HeadNorms, Queries, Window
+from clsa_cuda import plain
+from clsa_cuda.kernels.attend import Arrival, attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits
 
 
@@ -20,3 +21,24 @@ def sliding_attention(
     tiles = tiles or attention_tiles(num_queries, k.shape[1], window.size, head_dim, q.itemsize, limits(q.device))
     kv, slots = (window.k, window.v), queries.window_slots
     return attend_rows("ring", window.size, q, kv, (k, v), slots, queries.positions, queries.sequence, tiles)
+
+
+def attend_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms,
+    window: Window,
+    queries: Queries,
+    ring_mapping: Tensor,
+    tiles: AttentionTiles | None = None,
+) -> tuple[Tensor, Window]:
+    """`Ops.attend_window` where every sequence asks with one token: one launch."""
+    if not queries.one_each:
+        raise BackendError("the window kernel takes one query a sequence; use the plain ops for prefill")
+    num_queries, _, head_dim = q.shape
+    tiles = tiles or attention_tiles(num_queries, k.shape[1], window.size, head_dim, q.itemsize, limits(q.device))
+    arrival = Arrival(norms, plain.frequencies(head_dim // 2, norms.theta, q.device), ring_mapping)
+    kv, slots = (window.k, window.v), queries.window_slots
+    o = attend_rows("ring", window.size, q, kv, (k, v), slots, queries.positions, queries.sequence, tiles, arrival)
+    return o, window
