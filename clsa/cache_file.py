@@ -1,7 +1,8 @@
 """A prefix in one safetensors file, bound to the model, backend, dtype and salt that it was computed with.
 
-Metadata: `format`; `model`, see `clsa.model_hash`; `backend`; `dtype`; `salt`, as a hash, because a salt may be a
-secret. Tensors: `tokens` [n] (uint32) and what `prefix_shapes` names, in `dtype`.
+Metadata: `format`; `model`, see `clsa.model_hash`; `backend`; `dtype`; `kv_dtype`, `index_dtype` and `weight_dtype`
+where they are "fp8"; `salt`, as a hash, because a salt may be a secret. Tensors: `tokens` [n] (uint32) and what
+`prefix_shapes` names, in `dtype` or as F8_E4M3.
 
 Another backend rounds otherwise, and where scores tie (the same token twice) the last bit decides what is selected: a
 prefix of mixed origin would not be exact. So a file belongs to a backend, and to one that keeps its state in `dtype`.
@@ -18,19 +19,22 @@ from pathlib import Path
 
 import numpy as np
 
-from clsa.config import PAGE_SIZE, show
+from clsa.config import PAGE_SIZE, MemoryDtypes, show
 from clsa.errors import CheckpointError, RequestError
 from clsa.model_hash import ModelHash
 from clsa.ops import Ops
 from clsa.params import dtype_bytes
 from clsa.plan import Plan
 from clsa.prefix_state import PrefixState, prefix_shapes
-from clsa.tensor_file import NUMPY_DTYPES, PACKED, TensorEntry, is_finite, map_tensors, read_entries, read_metadata
+from clsa.tensor_file import FLOAT_DTYPES, PACKED, TensorEntry, is_finite, map_tensors, read_entries, read_metadata
 
 FORMAT = "clsa-prefix-1"
+_SWITCHES = ("kv_dtype", "index_dtype", "weight_dtype")  # of EngineConfig
 
 
-def cache_metadata(model: ModelHash, ops: Ops, dtype: str, salt: str) -> dict[str, str]:
+def cache_metadata(
+    model: ModelHash, ops: Ops, dtype: str, stored: MemoryDtypes, weight_dtype: str | None, salt: str
+) -> dict[str, str]:
     """What a file must say so that its state may be used.
 
     Raises RequestError if this backend keeps its state in another precision, CheckpointError as `ModelHash.hex` does.
@@ -38,7 +42,9 @@ def cache_metadata(model: ModelHash, ops: Ops, dtype: str, salt: str) -> dict[st
     if ops.itemsize(dtype) != dtype_bytes(dtype):
         raise RequestError(f"backend {ops.name!r} keeps no {dtype} state, and a cache file would round it; use another")
     hidden = hashlib.sha256(b"clsa salt " + salt.encode("utf-8", "surrogatepass")).hexdigest()
-    return {"format": FORMAT, "model": model.hex(), "backend": ops.name, "dtype": dtype, "salt": hidden}
+    switches = zip(_SWITCHES, (stored.kv, stored.index, weight_dtype), strict=True)
+    known = {"format": FORMAT, "model": model.hex(), "backend": ops.name, "dtype": dtype, "salt": hidden}
+    return known | {name: value for name, value in switches if value is not None}
 
 
 def cache_key(tokens: Sequence[int], metadata: Mapping[str, str]) -> str:
@@ -52,8 +58,10 @@ def write_cache(path: Path, prefix: PrefixState, metadata: Mapping[str, str]) ->
     """Write a prefix; a file that was there is replaced when the new one is whole."""
     from safetensors.numpy import save_file
 
-    dtype = next(d for d in NUMPY_DTYPES.values() if d.name == metadata["dtype"])
-    tensors = {name: np.ascontiguousarray(array, dtype) for name, array in prefix.arrays.items()}
+    tensors = {
+        name: np.ascontiguousarray(array, FLOAT_DTYPES[_stored_dtype(name, metadata)])
+        for name, array in prefix.arrays.items()
+    }
     for name, array in tensors.items():
         if not is_finite(array):
             raise CheckpointError(f"the state of this prompt ({name}) holds NaN or infinity; it was not saved")
@@ -77,9 +85,9 @@ def read_cache(path: Path, plan: Plan, metadata: Mapping[str, str], max_tokens: 
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; give one that save_cache has written")
-    found, entries = read_metadata(path, path), read_entries(path, path)
+    found, entries = read_metadata(path, path), read_entries(path, path, (*FLOAT_DTYPES, PACKED))
     _check_metadata(path, found, metadata)
-    num_tokens = _check_entries(path, entries, plan, metadata["dtype"], max_tokens)
+    num_tokens = _check_entries(path, entries, plan, metadata, max_tokens)
     arrays = dict(map_tensors(entries))
     tokens = arrays.pop("tokens")
     if tokens.max() >= plan.config.vocab_size:
@@ -106,19 +114,26 @@ def _check_metadata(path: Path, found: Mapping[str, str], wanted: Mapping[str, s
             f"{path} holds state in {show(found.get('dtype'))}, this model runs in {wanted['dtype']!r}; "
             "load the model with that dtype, or save the prompt again"
         )
+    for name in _SWITCHES:
+        if found.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{path} was written with {name} {show(found.get(name))}, this model runs with "
+                f"{wanted.get(name)!r}; load the model with that {name}, or save the prompt again"
+            )
     if found.get("salt") != wanted["salt"]:
         raise CheckpointError(f"{path} was written with another salt; give the same one")
 
 
-def _check_entries(path: Path, entries: list[TensorEntry], plan: Plan, dtype: str, max_tokens: int) -> int:
+def _check_entries(
+    path: Path, entries: list[TensorEntry], plan: Plan, metadata: Mapping[str, str], max_tokens: int
+) -> int:
     tokens = next((entry for entry in entries if entry.name == "tokens"), None)
     num_tokens = tokens.shape[0] if tokens is not None and len(tokens.shape) == 1 else 0
     if not num_tokens or num_tokens % PAGE_SIZE or num_tokens > max_tokens:
         raise CheckpointError(
             f"{path} must hold whole pages of {PAGE_SIZE} tokens, at most {max_tokens} of them, got {num_tokens}"
         )
-    stored = next(name for name, numpy_dtype in NUMPY_DTYPES.items() if numpy_dtype.name == dtype)
-    wanted = {name: (stored, shape) for name, shape in prefix_shapes(plan, num_tokens).items()}
+    wanted = {name: (_stored_dtype(name, metadata), shape) for name, shape in prefix_shapes(plan, num_tokens).items()}
     wanted["tokens"] = (PACKED, (num_tokens,))
     found = {entry.name: (entry.dtype, entry.shape) for entry in entries}
     if found != wanted:
@@ -128,3 +143,10 @@ def _check_entries(path: Path, entries: list[TensorEntry], plan: Plan, dtype: st
             "save the prompt again"
         )
     return num_tokens
+
+
+def _stored_dtype(name: str, metadata: Mapping[str, str]) -> str:
+    """What the file calls the dtype of this tensor: windows are never in 8 bits."""
+    if name.startswith("memory.") and ("index_dtype" if name.endswith(".k_idx") else "kv_dtype") in metadata:
+        return "F8_E4M3"
+    return next(stored for stored, dtype in FLOAT_DTYPES.items() if dtype.name == metadata["dtype"])

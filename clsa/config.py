@@ -15,6 +15,7 @@ from clsa.errors import ConfigError, RequestError
 
 LAYER_TYPES = ("sliding_attention", "full_attention", "cross_attention")
 DTYPES = ("float32", "bfloat16", "float16")
+FP8 = "fp8"  # float8 E4M3 "fn", see clsa.float8: for what a switch of EngineConfig names
 PAGE_SIZE = 64  # tokens per page of K, V and K_idx
 MAX_TOKENS = 1 << 24  # longest context any part of the program accepts
 
@@ -220,14 +221,28 @@ def _quantization(data: object) -> Quantization:
     return Quantization(**{key: value for key, value in data.items() if key != "mode"})
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryDtypes:
+    """What memories keep their rows in: None is the dtype of the model, "fp8" one byte a number (`clsa.float8`)."""
+
+    kv: str | None = None  # K and V
+    index: str | None = None  # K_idx
+
+
+MODEL_DTYPE = MemoryDtypes()  # all in the dtype of the model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How much the engine holds and does at once.
+    """How much the engine holds and does at once, and what it keeps in 8 bits.
 
     `max_num_seqs`: sequences that run together. `max_tokens_per_step`: tokens (prefill and decode) of one
     step. `max_tokens_in_memory`: capacity of the paged memory in tokens; None sizes it from one sequence of
     `max_model_len` per running request within `memory_fraction` of the free memory. `max_model_len`: longest
     prompt + answer; None takes the model's `max_position_embeddings`.
+
+    `kv_dtype` and `index_dtype`: K and V, and index keys, of the paged memory; `weight_dtype`: the projections of
+    the layers. None is the dtype of the model, "fp8" float8 E4M3. Windows, embedding, head and norms stay as they are.
     """
 
     max_num_seqs: int = 32
@@ -237,6 +252,9 @@ class EngineConfig:
     memory_fraction: float = 0.6
     max_waiting: int = 100_000
     prefix_cache_bytes: int = 1 << 30
+    kv_dtype: str | None = None
+    index_dtype: str | None = None
+    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1, 4096)
@@ -247,6 +265,13 @@ class EngineConfig:
         for name in ("max_tokens_in_memory", "max_model_len"):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, 1, 1 << 32 if name == "max_tokens_in_memory" else MAX_TOKENS)
+        for name in ("kv_dtype", "index_dtype", "weight_dtype"):
+            if (value := getattr(self, name)) not in (None, FP8):
+                raise ConfigError(f"{name} must be None or {FP8!r}, got {show(value)}")
+
+    @property
+    def memory_dtypes(self) -> MemoryDtypes:
+        return MemoryDtypes(self.kv_dtype, self.index_dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

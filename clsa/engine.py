@@ -62,7 +62,7 @@ class Engine:
         self._plan, self._tokenizer, self._config = plan, tokenizer, config
         self.scheduler = self._new_scheduler()
         num_slots, max_pages = sizes.num_slots + sizes.num_snapshots, num_pages(sizes.max_model_len)
-        self._runner = Runner(ops, params, plan, dtype, sizes.num_pages, num_slots, max_pages)
+        self._runner = Runner(ops, params, plan, dtype, sizes.num_pages, num_slots, max_pages, config.memory_dtypes)
         self._answers: dict[str, _Answer] = {}
         self._in_flight: tuple[StepPlan, Launched | None] | None = None
         self._outbox: list[Delta] = []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clsa.batch import SequenceChunk, build_batch
-from clsa.config import PAGE_SIZE, show
+from clsa.config import MODEL_DTYPE, PAGE_SIZE, MemoryDtypes, show
 from clsa.errors import RequestError
 from clsa.hostmemory import host_memory_stats
 from clsa.model import Params, forward, new_state
@@ -35,19 +35,27 @@ class RecordingOps:
         return selection
 
 
-def evaluate_logits(ops: Ops, params: Params, plan: Plan, dtype: str, tokens: Sequence[int]) -> np.ndarray:
+def evaluate_logits(
+    ops: Ops, params: Params, plan: Plan, dtype: str, tokens: Sequence[int], stored: MemoryDtypes = MODEL_DTYPE
+) -> np.ndarray:
     """float32 [T, V], every position, the selection applied per position.
 
     Raises RequestError if the text is longer than the model takes, or the state or the result would not fit.
     """
     out = _result(plan, tokens, plan.config.vocab_size, np.float32)
-    for start, logits in _walk(ops, params, plan, dtype, tokens):
+    for start, logits in _walk(ops, params, plan, dtype, tokens, stored):
         out[start : start + CHUNK] = ops.to_numpy(logits)
     return out
 
 
 def evaluate_selection(
-    ops: Ops, params: Params, plan: Plan, dtype: str, tokens: Sequence[int], layer: int | None
+    ops: Ops,
+    params: Params,
+    plan: Plan,
+    dtype: str,
+    tokens: Sequence[int],
+    layer: int | None,
+    stored: MemoryDtypes = MODEL_DTYPE,
 ) -> np.ndarray:
     """int32 [T, index_topk]: ascending positions, -1 padded, of one layer that computes an index.
 
@@ -61,7 +69,7 @@ def evaluate_selection(
     which = 0 if layer is None else routing.index(layer)
     out = _result(plan, tokens, plan.config.index_topk, np.int32)
     recorder = RecordingOps(ops)
-    for start, _ in _walk(recorder, params, plan, dtype, tokens):
+    for start, _ in _walk(recorder, params, plan, dtype, tokens, stored):
         out[start : start + CHUNK] = ops.to_numpy(recorder.selections[which].positions)
         recorder.selections.clear()
     return out
@@ -80,16 +88,18 @@ def _result(plan: Plan, tokens: Sequence[int], columns: int, dtype: type) -> np.
     return np.empty((len(tokens), columns), dtype)
 
 
-def _walk(ops: Ops, params: Params, plan: Plan, dtype: str, tokens: Sequence[int]) -> Iterator[tuple[int, Array]]:
+def _walk(
+    ops: Ops, params: Params, plan: Plan, dtype: str, tokens: Sequence[int], stored: MemoryDtypes
+) -> Iterator[tuple[int, Array]]:
     """The position at which each chunk starts, and its logits [<= CHUNK, V]."""
     num_pages = -(-len(tokens) // PAGE_SIZE)
-    needed, free = state_bytes(ops, plan, dtype, num_pages, 1), ops.memory_stats()["free"]
+    needed, free = state_bytes(ops, plan, dtype, num_pages, 1, stored), ops.memory_stats()["free"]
     if needed > free:
         raise RequestError(
             f"the state of {len(tokens)} tokens needs {needed:,} bytes and {free:,} are free on {ops.device}; "
             "shorten the text"
         )
-    state = new_state(ops, plan, num_pages * PAGE_SIZE, 1, dtype)
+    state = new_state(ops, plan, num_pages * PAGE_SIZE, 1, dtype, stored)
     for start in range(0, len(tokens), CHUNK):
         chunk = SequenceChunk(tokens[start : start + CHUNK], start, range(num_pages), 0, "all")
         logits, state = forward(ops, params, plan, build_batch(ops, [chunk], plan.config.sliding_window), state)

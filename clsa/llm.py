@@ -30,7 +30,7 @@ from clsa.prompts import Messages, Prompt, Turn, as_batch, check_ids, check_para
 from clsa.request import Request
 from clsa.sizing import plan_sizes
 from clsa.tokenizer import Tokenizer, load_tokenizer
-from clsa.weights import load_weights
+from clsa.weights import check_float8, load_weights
 
 K = TypeVar("K")
 Progress = Callable[[int, int], None]  # tokens of a prompt that are done, and all of them
@@ -52,7 +52,7 @@ def load(
         device: as `clsa.backends()` lists it; None takes the backend's best.
         dtype: "float32", "bfloat16" or "float16" for weights and state; None takes the checkpoint's own on a
             GPU and float32 on a CPU, which computes nothing shorter faster.
-        engine: sizes of the engine; see EngineConfig.
+        engine: sizes of the engine, and what it keeps in 8 bits; see EngineConfig.
         offline: take hub models from the local cache only.
 
     Raises: CheckpointError, ConfigError or BackendError, before anything large is allocated.
@@ -65,7 +65,9 @@ def load(
     dtype = dtype or default_dtype(ops, checkpoint.config)
     if checkpoint.config.quantization is not None and not ops.keeps_quantized:
         why += f"; quantised weights are expanded to {dtype} at load"
-    return LLM(ops, checkpoint, tokenizer, dtype, engine or EngineConfig(), why)
+    engine = engine or EngineConfig()
+    check_float8(ops, checkpoint.config, engine)
+    return LLM(ops, checkpoint, tokenizer, dtype, engine, why)
 
 
 def default_dtype(ops: Ops, config: ModelConfig) -> str:
@@ -76,7 +78,8 @@ def default_dtype(ops: Ops, config: ModelConfig) -> str:
 class LLM:
     """A loaded model with its engine. Not thread-safe; one caller at a time.
 
-    Attributes: `config`, `tokenizer`, `backend` (name), `device` (words), `dtype`, `why` (how it was chosen).
+    Attributes: `config`, `tokenizer`, `backend` (name), `device` (words), `dtype`, `why` (how it was chosen),
+    `memory_dtypes` and `weight_dtype` (what is kept in 8 bits).
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class LLM:
         self.config: ModelConfig = checkpoint.config
         self.tokenizer = tokenizer
         self.backend, self.device, self.dtype, self.why = ops.name, ops.device, dtype, why
+        self.memory_dtypes, self.weight_dtype = engine.memory_dtypes, engine.weight_dtype
         self._ops, self._plan = ops, make_plan(checkpoint.config)
         sizes = plan_sizes(ops, self._plan, dtype, engine)
-        self._params = load_weights(ops, checkpoint, dtype)
+        self._params = load_weights(ops, checkpoint, dtype, engine.weight_dtype)
         self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
         self._hash = ModelHash(checkpoint)
         self._window = 2 * sizes.num_slots  # requests of one call inside the engine: those that run, and as many
@@ -201,14 +205,14 @@ class LLM:
         Returns the number of tokens. Raises CheckpointError if the file is damaged or of another model, backend, dtype
         or salt, RequestError if the prefix cache has no room for it.
         """
-        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        metadata = self._metadata(salt)
         prefix = read_cache(Path(path), self._plan, metadata, self._engine.sizes.max_model_len)
         self._engine.write_prefix(prefix, salt)
         return len(prefix.tokens)
 
     def cache_key(self, prompt: Prompt, *, salt: str = "") -> str:
         """64 hex digits for what `save_cache` would write: a hash over model, backend, dtype, salt and whole pages."""
-        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        metadata = self._metadata(salt)
         return cache_key(encode(prompt, self.tokenizer, self.config.vocab_size), metadata)
 
     def save_chat(self, path: str | Path, messages: Messages, *, salt: str = "") -> int:
@@ -222,7 +226,7 @@ class LLM:
 
         Raises CheckpointError also if the file holds no conversation.
         """
-        path, metadata = Path(path), cache_metadata(self._hash, self._ops, self.dtype, salt)
+        path, metadata = Path(path), self._metadata(salt)
         prefix = read_cache(path, self._plan, metadata, self._engine.sizes.max_model_len)
         messages, tail = read_chat(path, self.config.vocab_size)
         try:
@@ -238,9 +242,8 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
-        return evaluate_logits(
-            self._ops, self._params, self._plan, self.dtype, check_ids(token_ids, self.config.vocab_size)
-        )
+        ids = check_ids(token_ids, self.config.vocab_size)
+        return evaluate_logits(self._ops, self._params, self._plan, self.dtype, ids, self.memory_dtypes)
 
     def selection(self, token_ids: Sequence[int] | np.ndarray, layer: int | None = None) -> np.ndarray:
         """What the shared index chose: int32 [T, index_topk], ascending positions, -1 padded.
@@ -249,7 +252,7 @@ class LLM:
         computes none.
         """
         ids = check_ids(token_ids, self.config.vocab_size)
-        return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer)
+        return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer, self.memory_dtypes)
 
     def stats(self) -> dict[str, int]:
         """Counters (running, waiting, pages_free, prefix_tokens_hit, preemptions, ...) and the memory plan in bytes."""
@@ -259,8 +262,11 @@ class LLM:
         """Let go of weights and state; the object must not be used again."""
         del self._engine, self._params, self._hash
 
+    def _metadata(self, salt: str) -> dict[str, str]:
+        return cache_metadata(self._hash, self._ops, self.dtype, self.memory_dtypes, self.weight_dtype, salt)
+
     def _save(self, path: str | Path, tokens: list[int], salt: str, extra: dict[str, str]) -> int:
-        metadata = cache_metadata(self._hash, self._ops, self.dtype, salt)
+        metadata = self._metadata(salt)
         output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
         if output.error is not None:
             raise ClsaError(output.error)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clsa.config import ModelConfig
+from clsa.config import MODEL_DTYPE, MemoryDtypes, ModelConfig
 from clsa.ops import Array, HeadNorms, Memory, Ops, Queries, Selection, State, StepBatch, Window
 from clsa.plan import Plan
 
@@ -139,11 +139,11 @@ def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, o: Array) ->
     return _Rows(ops.add_linear(x, h, mlp["down_proj"]), rows.queries, rows.selection)
 
 
-def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str) -> State:
+def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, stored: MemoryDtypes = MODEL_DTYPE) -> State:
     """Empty state: `rows` tokens of global memory, `slots` window rings."""
     c = plan.config
     memories = tuple(
-        ops.new_memory(rows, c.num_key_value_heads, c.head_dim, c.index_head_dim if index else None, dtype)
+        ops.new_memory(rows, c.num_key_value_heads, c.head_dim, c.index_head_dim if index else None, dtype, stored)
         for index in plan.memory_has_index
     )
     windows = tuple(

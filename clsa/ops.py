@@ -22,14 +22,16 @@ Rules that hold for every op of every backend:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from clsa.config import MODEL_DTYPE, MemoryDtypes
+
 Array = Any  # the backend's array type
-Weight = Any  # an Array [out, in], or what `quantized_weight` returned
+Weight = Any  # an Array [out, in], or what `quantized_weight` or `float8_weight` returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,20 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8Weight:
+    """A matrix [out, in] of float8 E4M3 with a scale per row: w = scale * value (`clsa.float8`)."""
+
+    values: Array  # [out, in] E4M3
+    scales: Array  # [out] float32: the largest magnitude of the row / 448, or 1 for a row of zeros
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The global state that layers share: one row per token, addressed through pages (paper, section 2.1).
 
     Row `page * P + offset` holds one token; a page never belongs to two sequences unless they share the tokens.
+    What `MemoryDtypes` asks to be "fp8" is stored as float8 E4M3 without a scale: K, V and K_idx are projections of
+    normed rows, far below its largest number. Only ops look inside.
     """
 
     k: Array  # [N, G, D]
@@ -202,6 +214,7 @@ class Ops(Protocol):
     device: str  # what it computes on, in words a user reads
     temporary_bytes: int  # what one op may take beside its arguments and its result, whatever their sizes
     keeps_quantized: bool  # whether a quantised weight stays one on the device; if not, it becomes a dense one
+    no_fp8: Mapping[str, str]  # "memory" and "weights", where this device cannot keep them in E4M3: why, what helps
 
     # -- arrays ------------------------------------------------------------------------------------------
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> Array:
@@ -215,6 +228,10 @@ class Ops(Protocol):
         """
         ...
 
+    def float8_weight(self, weight: Array) -> Weight:
+        """A Float8Weight of an array [out, in], its scales and quotients made in float32; `linear` takes it."""
+        ...
+
     def asarrays(self, arrays: Sequence[np.ndarray]) -> list[Array]:
         """`asarray` of the many small arrays of a step, in as few transfers as the backend can."""
         ...
@@ -224,7 +241,7 @@ class Ops(Protocol):
         ...
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """Wait for `x` and copy it to the host; bfloat16 arrives as float32."""
+        """Wait for `x` and copy it to the host; bfloat16 and the E4M3 of a memory arrive as float32."""
         ...
 
     def cast(self, x: Array, dtype: str) -> Array:
@@ -232,7 +249,7 @@ class Ops(Protocol):
         ...
 
     def itemsize(self, dtype: str) -> int:
-        """Bytes that one stored value of this dtype takes (8 on the float64 specification)."""
+        """Bytes that one stored value of this dtype, or "fp8", takes (float64 on the specification: 8)."""
         ...
 
     def take(self, x: Array, rows: Array) -> Array:
@@ -302,7 +319,15 @@ class Ops(Protocol):
         ...
 
     # -- state ---------------------------------------------------------------------------------------------
-    def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
+    def new_memory(
+        self,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        index_dim: int | None,
+        dtype: str,
+        stored: MemoryDtypes = MODEL_DTYPE,
+    ) -> Memory:
         """An empty memory of at least `rows` rows. A backend may keep rows of its own behind them."""
         ...
 
@@ -311,7 +336,7 @@ class Ops(Protocol):
         ...
 
     def write_memory(self, memory: Memory, k: Array, v: Array, k_idx: Array | None, slot_mapping: Array) -> Memory:
-        """Put token t at row slot_mapping[t]. k, v [T, G, D], k_idx [T, I] or None."""
+        """Put token t at row slot_mapping[t]. k, v [T, G, D], k_idx [T, I] or None; E4M3 rounds as in clsa.float8."""
         ...
 
     def write_window(self, window: Window, k: Array, v: Array, ring_mapping: Array) -> Window:

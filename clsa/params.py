@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clsa.config import DTYPES, ModelConfig, check_int, show
+from clsa.config import DTYPES, FP8, MODEL_DTYPE, MemoryDtypes, ModelConfig, check_int, show
 from clsa.errors import CheckpointError, ConfigError
 from clsa.plan import LayerPlan, make_plan
 
 INIT_STD = 0.02
-_DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2), strict=True))
+_DTYPE_BYTES = dict(zip((*DTYPES, FP8), (4, 2, 2, 1), strict=True))
 _NAME = re.compile(
     r"(?:lm_head|model\.(?:embed_tokens|norm|memory\.[a-z_]+|layers\.(0|[1-9]\d{0,3})\."
     r"(?:input_layernorm|post_attention_layernorm|(?:self_attn|indexer|mlp)\.[a-z_]+)))\.weight"
@@ -28,9 +28,9 @@ _NAME = re.compile(
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one number of that dtype. Raises ConfigError on names that are not in DTYPES."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {show(dtype)}")
+    """Bytes of one number of that dtype. Raises ConfigError on a name that is neither in DTYPES nor "fp8"."""
+    if dtype not in _DTYPE_BYTES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPE_BYTES)}, got {show(dtype)}")
     return _DTYPE_BYTES[dtype]
 
 
@@ -177,11 +177,16 @@ def num_bytes(config: ModelConfig, dtype: str) -> int:
     return num_parameters(config) * dtype_bytes(dtype)
 
 
-def state_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes of global state that each further token of a sequence costs: K, V and K_idx of all memories."""
+def state_numbers_per_token(config: ModelConfig) -> tuple[int, int]:
+    """How many numbers of K and V, and of index keys, each further token of a sequence costs in all memories."""
     has_index = make_plan(config).memory_has_index
-    numbers = len(has_index) * 2 * _kv_width(config) + sum(has_index) * config.index_head_dim
-    return numbers * dtype_bytes(dtype)
+    return len(has_index) * 2 * _kv_width(config), sum(has_index) * config.index_head_dim
+
+
+def state_bytes_per_token(config: ModelConfig, dtype: str, stored: MemoryDtypes = MODEL_DTYPE) -> int:
+    """Bytes of global state that each further token of a sequence costs: K, V and K_idx of all memories."""
+    kv, index = state_numbers_per_token(config)
+    return kv * dtype_bytes(stored.kv or dtype) + index * dtype_bytes(stored.index or dtype)
 
 
 def window_bytes(config: ModelConfig, dtype: str) -> int:

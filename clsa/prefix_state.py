@@ -12,6 +12,7 @@ import numpy as np
 
 from clsa.config import PAGE_SIZE, ModelConfig
 from clsa.errors import RequestError
+from clsa.float8 import FLOAT8
 from clsa.ops import Array, Ops, State
 from clsa.plan import Plan
 from clsa.prefix import Chain, Hit
@@ -63,7 +64,8 @@ def write_rows(
     """The inverse of `read_rows`: the new state."""
 
     def array(name: str) -> Array:
-        return ops.asarray(arrays[name], dtype)
+        rows = arrays[name]
+        return ops.asarray(rows.astype(np.float32) if rows.dtype == FLOAT8 else rows, dtype)
 
     rows = ops.asarray(_memory_rows(pages))
     memories = []

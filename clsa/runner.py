@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clsa.batch import upload
-from clsa.config import PAGE_SIZE
+from clsa.config import MODEL_DTYPE, PAGE_SIZE, MemoryDtypes
 from clsa.model import Params, forward, new_state
 from clsa.ops import Array, Ops, Sampled, State, StepInputs
 from clsa.plan import Plan
@@ -42,12 +42,20 @@ class Runner:
     """
 
     def __init__(
-        self, ops: Ops, params: Params, plan: Plan, dtype: str, num_pages: int, num_slots: int, max_pages: int
+        self,
+        ops: Ops,
+        params: Params,
+        plan: Plan,
+        dtype: str,
+        num_pages: int,
+        num_slots: int,
+        max_pages: int,
+        stored: MemoryDtypes = MODEL_DTYPE,
     ) -> None:
         """`max_pages` is the longest page table that a sequence can have."""
         self._ops, self._params, self._plan = ops, params, plan
         self._dtype, self._num_rows, self._num_slots = dtype, num_pages * PAGE_SIZE, num_slots
-        self._max_pages = max_pages
+        self._max_pages, self._stored = max_pages, stored
         self._state: State | None = self._new_state()
         self._recorded = ops.record(self._compute)
         self._tables = PageTables()
@@ -113,7 +121,7 @@ class Runner:
         return ops.sample(logits, sampling), state
 
     def _new_state(self) -> State:
-        return new_state(self._ops, self._plan, self._num_rows, self._num_slots, self._dtype)
+        return new_state(self._ops, self._plan, self._num_rows, self._num_slots, self._dtype, self._stored)
 
     def _copy_windows(self, state: State, copies: Sequence[tuple[int, int]]) -> State:
         if not copies or not state.windows:

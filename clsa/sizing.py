@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clsa.config import PAGE_SIZE, EngineConfig
+from clsa.config import MODEL_DTYPE, PAGE_SIZE, EngineConfig, MemoryDtypes
 from clsa.errors import ConfigError
 from clsa.ops import Ops
-from clsa.params import dtype_bytes, state_bytes_per_token, window_bytes
+from clsa.params import dtype_bytes, state_numbers_per_token, window_bytes
 from clsa.plan import Plan
 from clsa.weights import weight_bytes
 
@@ -57,9 +57,11 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
         raise ConfigError(
             f"max_model_len must be at most the model's {config.max_position_embeddings} positions, got {max_model_len}"
         )
-    weights, step = weight_bytes(ops, config, dtype), step_bytes(ops, plan, engine, max_model_len)
+    weights = weight_bytes(ops, config, dtype, engine.weight_dtype)
+    step = step_bytes(ops, plan, engine, max_model_len)
     budget = _budget(ops, dtype, engine, weights, step)
-    page_bytes, ring_bytes = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, 1)
+    page_bytes = state_bytes(ops, plan, dtype, 1, 0, engine.memory_dtypes)
+    ring_bytes = state_bytes(ops, plan, dtype, 0, 1)
     rings = engine.max_num_seqs * ring_bytes
     snapshots = _num_snapshots(plan, engine, ring_bytes, budget - rings)
     tokens = engine.max_tokens_in_memory or engine.max_num_seqs * max_model_len
@@ -133,8 +135,11 @@ def _num_snapshots(plan: Plan, engine: EngineConfig, ring_bytes: int, left: int)
     return max(0, min(by_bytes, by_rows, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs))
 
 
-def state_bytes(ops: Ops, plan: Plan, dtype: str, num_pages: int, num_windows: int) -> int:
+def state_bytes(
+    ops: Ops, plan: Plan, dtype: str, num_pages: int, num_windows: int, stored: MemoryDtypes = MODEL_DTYPE
+) -> int:
     """Bytes of so many pages of all memories and so many sequences' windows, as this backend stores them."""
-    pages = num_pages * PAGE_SIZE * state_bytes_per_token(plan.config, dtype)
-    windows = num_windows * window_bytes(plan.config, dtype)
-    return (pages + windows) * ops.itemsize(dtype) // dtype_bytes(dtype)
+    kv, index = state_numbers_per_token(plan.config)
+    token = kv * ops.itemsize(stored.kv or dtype) + index * ops.itemsize(stored.index or dtype)
+    windows = num_windows * window_bytes(plan.config, dtype) * ops.itemsize(dtype) // dtype_bytes(dtype)
+    return num_pages * PAGE_SIZE * token + windows

@@ -8,20 +8,22 @@ is float64. The letters in shapes are those of `clsa.ops`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from typing import cast as typing_cast
 
 import ml_dtypes
 import numpy as np
 
-from clsa.config import PAGE_SIZE
+from clsa import float8
+from clsa.config import FP8, MODEL_DTYPE, PAGE_SIZE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
 from clsa.ops import (
     Array,
     Compute,
     Device,
+    Float8Weight,
     HeadNorms,
     Memory,
     Ops,
@@ -39,6 +41,7 @@ name = "numpy"
 device = "cpu (NumPy float64, the specification)"
 temporary_bytes = 1 << 28  # a query at a time
 keeps_quantized = False
+no_fp8: Mapping[str, str] = {}
 
 _NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32,
@@ -63,6 +66,10 @@ def quantized_weight(host: QuantizedWeight, dtype: str) -> Array:
     return dequantize(QuantizedWeight(host.packed, scales, biases, host.group_size, host.bits))
 
 
+def float8_weight(weight: Array) -> Float8Weight:
+    return float8.float8_weight(weight)
+
+
 def asarrays(arrays: Sequence[np.ndarray]) -> list[Array]:
     return [asarray(x) for x in arrays]
 
@@ -76,7 +83,7 @@ def record(compute: Compute) -> Compute | None:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    return np.asarray(x, np.float32 if x.dtype == np.float64 else None)
+    return np.asarray(x, np.float32 if x.dtype in (np.float64, float8.FLOAT8) else None)
 
 
 def cast(x: Array, dtype: str) -> Array:
@@ -84,7 +91,7 @@ def cast(x: Array, dtype: str) -> Array:
 
 
 def itemsize(dtype: str) -> int:
-    return 8
+    return 1 if dtype == FP8 else 8
 
 
 def take(x: Array, rows: Array) -> Array:
@@ -110,7 +117,9 @@ def embed(weight: Array, tokens: Array) -> Array:
     return weight[np.maximum(tokens, 0)]
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: Weight) -> Array:
+    if isinstance(weight, Float8Weight):
+        weight = wide(weight.values) * weight.scales[:, None]
     return x @ weight.T
 
 
@@ -154,9 +163,17 @@ def swiglu(gate: Array, up: Array) -> Array:
 # -- state -------------------------------------------------------------------------------------------------
 
 
-def new_memory(rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
-    k_idx = None if index_dim is None else np.zeros((rows, index_dim))
-    return Memory(np.zeros((rows, kv_heads, head_dim)), np.zeros((rows, kv_heads, head_dim)), k_idx)
+def new_memory(
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    index_dim: int | None,
+    dtype: str,
+    stored: MemoryDtypes = MODEL_DTYPE,
+) -> Memory:
+    kv, index = (float8.FLOAT8 if name == FP8 else np.float64 for name in (stored.kv, stored.index))
+    k_idx = None if index_dim is None else np.zeros((rows, index_dim), index)
+    return Memory(np.zeros((rows, kv_heads, head_dim), kv), np.zeros((rows, kv_heads, head_dim), kv), k_idx)
 
 
 def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
@@ -166,11 +183,15 @@ def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str
 
 def write_memory(memory: Memory, k: Array, v: Array, k_idx: Array | None, slot_mapping: Array) -> Memory:
     kept = slot_mapping >= 0
-    memory.k[slot_mapping[kept]] = k[kept]
-    memory.v[slot_mapping[kept]] = v[kept]
-    if memory.k_idx is not None and k_idx is not None:
-        memory.k_idx[slot_mapping[kept]] = k_idx[kept]
+    for rows, new in ((memory.k, k), (memory.v, v), (memory.k_idx, k_idx)):
+        if rows is not None and new is not None:
+            rows[slot_mapping[kept]] = float8.to_float8(new[kept]) if rows.dtype == float8.FLOAT8 else new[kept]
     return memory
+
+
+def wide(x: Array) -> Array:
+    """What was stored, E4M3 or float64, as float64."""
+    return x.astype(np.float64)
 
 
 def write_window(window: Window, k: Array, v: Array, ring_mapping: Array) -> Window:
@@ -216,7 +237,7 @@ def select(q_idx: Array, memory: Memory, queries: Queries, k: int, block_size: i
     lengths = np.zeros(num_queries, np.int32)
     for t, (position, sequence) in enumerate(zip(queries.positions, queries.sequence, strict=True)):
         visible = physical_rows(queries, sequence, np.arange(position + 1))
-        chosen = top_k(memory.k_idx[visible] @ q_idx[t], k, block_size)
+        chosen = top_k(wide(memory.k_idx[visible]) @ q_idx[t], k, block_size)
         lengths[t] = len(chosen)
         positions[t, : len(chosen)] = chosen
         rows[t, : len(chosen)] = visible[chosen]
@@ -243,7 +264,7 @@ def gather_attention(q: Array, memory: Memory, selection: Selection) -> Array:
     out = np.zeros_like(q)
     for t, length in enumerate(selection.lengths):
         rows = selection.rows[t, :length]
-        out[t] = attend(q[t], memory.k[rows], memory.v[rows])
+        out[t] = attend(q[t], wide(memory.k[rows]), wide(memory.v[rows]))
     return out
 
 
@@ -251,7 +272,7 @@ def dense_attention(q: Array, memory: Memory, queries: Queries) -> Array:
     out = np.zeros_like(q)
     for t, (position, sequence) in enumerate(zip(queries.positions, queries.sequence, strict=True)):
         rows = physical_rows(queries, sequence, np.arange(position + 1))
-        out[t] = attend(q[t], memory.k[rows], memory.v[rows])
+        out[t] = attend(q[t], wide(memory.k[rows]), wide(memory.v[rows]))
     return out
 
 

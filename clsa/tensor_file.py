@@ -19,12 +19,20 @@ import numpy as np
 from clsa.config import show
 from clsa.errors import CheckpointError
 from clsa.files import parse_json
+from clsa.float8 import FLOAT8
 
 MAX_HEADER_BYTES = 1 << 24  # ten times what the largest config needs
 NUMPY_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+FLOAT_DTYPES = NUMPY_DTYPES | {"F8_E4M3": FLOAT8}  # and what a prefix may be kept in
 PACKED = "U32"  # words of packed 4- or 8-bit integers
-_STORED_DTYPES = NUMPY_DTYPES | {PACKED: np.dtype("<u4")}
-_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+_STORED_DTYPES = FLOAT_DTYPES | {PACKED: np.dtype("<u4")}
+# Bits that are all set in what is no number: the exponent, and in E4M3, whose only such code is NaN, the mantissa too.
+_NOT_FINITE = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+    "F8_E4M3": (np.uint8, 0x7F),
+}
 _CHUNK = 1 << 20  # numbers checked at a time
 _MAX_DIM = 1 << 40
 
@@ -35,7 +43,7 @@ class TensorEntry:
 
     name: str
     file: Path
-    dtype: str  # "BF16", "F16", "F32" or "U32"
+    dtype: str  # "BF16", "F16", "F32", "F8_E4M3" or "U32"
     shape: tuple[int, ...]
     offset: int
 
@@ -44,14 +52,14 @@ class TensorEntry:
         return math.prod(self.shape) * int(_STORED_DTYPES[self.dtype].itemsize)
 
 
-def read_entries(file: Path, where: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file in the order of their data.
+def read_entries(file: Path, where: Path, dtypes: Sequence[str] = (*NUMPY_DTYPES, PACKED)) -> list[TensorEntry]:
+    """The tensors of a safetensors file in the order of their data, which are of these dtypes.
 
     `where` is the name for error sentences. Raises CheckpointError unless every byte of the file is accounted for.
     """
     header, start, size = _read_header(file, where)
     header.pop("__metadata__", None)
-    entries = [_entry(name, value, file, where, start) for name, value in header.items()]
+    entries = [_entry(name, value, file, where, start, dtypes) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     position = start
     for entry in entries:
@@ -92,13 +100,13 @@ def _read_header(file: Path, where: Path) -> tuple[dict[str, Any], int, int]:
     return parse_json(data, f"the header of {where}"), 8 + length, size
 
 
-def _entry(name: str, value: Any, file: Path, where: Path, start: int) -> TensorEntry:
+def _entry(name: str, value: Any, file: Path, where: Path, start: int, dtypes: Sequence[str]) -> TensorEntry:
     label = f"{where}: tensor {show(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{label} must have dtype, shape and data_offsets, got {show(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _STORED_DTYPES:
-        raise CheckpointError(f"{label} has dtype {show(dtype)}, must be one of {', '.join(_STORED_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise CheckpointError(f"{label} has dtype {show(dtype)}, must be one of {', '.join(dtypes)}")
     if not _are_sizes(shape, 8):
         raise CheckpointError(f"{label} has shape {show(shape)}, must be a list of sizes")
     if not _are_sizes(offsets, 2) or len(offsets) != 2:
@@ -135,8 +143,8 @@ def map_tensors(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, np.ndarra
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous float32, float16 or bfloat16 array holds no NaN and no infinity."""
-    kind = next(name for name, dtype in NUMPY_DTYPES.items() if dtype == array.dtype)
-    bits_type, exponent = _EXPONENTS[kind]
-    bits, mask = array.reshape(-1).view(bits_type), bits_type(exponent)
+    """Whether a contiguous array of one of FLOAT_DTYPES holds no NaN and no infinity."""
+    kind = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == array.dtype)
+    bits_type, special = _NOT_FINITE[kind]
+    bits, mask = array.reshape(-1).view(bits_type), bits_type(special)
     return all(bool(((bits[i : i + _CHUNK] & mask) != mask).all()) for i in range(0, bits.size, _CHUNK))

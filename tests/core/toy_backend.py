@@ -19,6 +19,7 @@ PAGE = 64
 name = "toy"
 device = "cpu (the toy of the tests)"
 temporary_bytes = 1 << 26
+no_fp8 = {"memory": "the toy has no fp8", "weights": "the toy has no fp8"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +131,7 @@ def swiglu(gate: Box, up: Box) -> Box:
 # -- state: values in, new values out ----------------------------------------------------------------------------
 
 
-def new_memory(rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
+def new_memory(rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str, stored: Any) -> Memory:
     k, v = (Box(np.zeros((rows, kv_heads, head_dim), np.float32)) for _ in range(2))
     return Memory(k, v, None if index_dim is None else Box(np.zeros((rows, index_dim), np.float32)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clsa.config import FP8, MODEL_DTYPE, MemoryDtypes
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Window
+from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Weight, Window
 from clsa_cuda import plain, state
 from clsa_cuda.attention import MAX_TEMPORARY_BYTES
 from clsa_cuda.dense_attention import dense_attention
@@ -22,6 +23,7 @@ from clsa_cuda.select import select, take_selection
 from clsa_cuda.sliding_attention import sliding_attention
 from clsa_cuda.transfer import Layout, start_fetch
 
+FLOAT8_CAPABILITY = (8, 9)  # Ada: the first that converts E4M3
 _PINNED_BYTES = 1 << 16  # a step's integers; the few large arrays (weights) are not worth page-locking
 
 
@@ -46,6 +48,7 @@ class TorchOps:
     def __init__(self, device: str) -> None:
         _exact_matmul()
         self._device = torch.device(device)
+        self.no_fp8: Mapping[str, str] = _no_fp8(self._device)
         if self._device.type == "cuda":
             self.device = f"{torch.cuda.get_device_name(self._device)} ({device})"
         else:
@@ -80,7 +83,8 @@ class TorchOps:
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach()
-        return np.array((x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy())  # never a view of the state
+        is_known = x.dtype not in (torch.bfloat16, plain.FLOAT8)  # to NumPy
+        return np.array((x if is_known else x.float()).cpu().numpy())  # never a view of the state
 
     def evaluate(self, *values: Any) -> None:
         """Nothing to do: torch starts each operation when it is called."""
@@ -92,9 +96,17 @@ class TorchOps:
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return {"total": total, "free": free + cached, "peak": torch.cuda.max_memory_allocated(self._device)}
 
-    def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
-        k_idx = None if index_dim is None else self._rows(rows, index_dim, dtype=dtype)
-        k, v = (self._rows(rows, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    def new_memory(
+        self,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        index_dim: int | None,
+        dtype: str,
+        stored: MemoryDtypes = MODEL_DTYPE,
+    ) -> Memory:
+        k_idx = None if index_dim is None else self._rows(rows, index_dim, dtype=stored.index or dtype)
+        k, v = (self._rows(rows, kv_heads, head_dim, dtype=stored.kv or dtype) for _ in range(2))
         return Memory(k, v, k_idx)
 
     def new_window(self, slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
@@ -102,8 +114,10 @@ class TorchOps:
         return Window(k, v, window)
 
     def _rows(self, rows: int, *shape: int, dtype: str) -> Tensor:
-        return state.empty_rows(rows, *shape, dtype=plain.DTYPES[dtype], device=self._device)
+        torch_dtype = plain.FLOAT8 if dtype == FP8 else plain.DTYPES[dtype]
+        return state.empty_rows(rows, *shape, dtype=torch_dtype, device=self._device)
 
+    float8_weight = staticmethod(plain.float8_weight)
     cast = staticmethod(plain.cast)
     itemsize = staticmethod(plain.itemsize)
     take = staticmethod(plain.take)
@@ -125,10 +139,10 @@ class TorchOps:
     sliding_attention = staticmethod(sliding_attention)
     sample = staticmethod(sample)
 
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
         return self.linears(self.rms_norm(x, norm, eps), weights)
 
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
         return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
 
     def attend_window(
@@ -145,6 +159,16 @@ class TorchOps:
         k = self.norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
         o = self.sliding_attention(q, k, v, window, queries)
         return o, self.write_window(window, k, v, ring_mapping)
+
+
+def _no_fp8(device: torch.device) -> dict[str, str]:
+    """`Ops.no_fp8`: every CPU converts E4M3, a GPU from `FLOAT8_CAPABILITY` on."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else FLOAT8_CAPABILITY
+    if capability >= FLOAT8_CAPABILITY:
+        return {}
+    needed, found = (".".join(map(str, version)) for version in (FLOAT8_CAPABILITY, capability))
+    reason = f"fp8 needs compute capability {needed} (Ada) or later, and {device} has {found}; leave fp8 out"
+    return {"memory": reason, "weights": reason}
 
 
 def _host_tensor(x: np.ndarray) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsa.ops import QuantizedWeight
+from clsa.config import FP8
+from clsa.ops import Float8Weight, QuantizedWeight, Weight
 
 DTYPES = {
     "float32": torch.float32,
@@ -17,6 +18,8 @@ DTYPES = {
     "float16": torch.float16,
     "int32": torch.int32,
 }
+FLOAT8 = torch.float8_e4m3fn
+MAX_FLOAT8 = torch.finfo(FLOAT8).max
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
@@ -24,7 +27,26 @@ def cast(x: Tensor, dtype: str) -> Tensor:
 
 
 def itemsize(dtype: str) -> int:
-    return DTYPES[dtype].itemsize
+    return FLOAT8.itemsize if dtype == FP8 else DTYPES[dtype].itemsize
+
+
+def to_float8(x: Tensor) -> Tensor:
+    """Round to E4M3 as `clsa.float8` says; torch alone would make NaN of what is too large."""
+    return x.clamp(-MAX_FLOAT8, MAX_FLOAT8).to(FLOAT8)
+
+
+def float8_weight(weight: Tensor) -> Float8Weight:
+    wide = weight.float()
+    scales = wide.abs().amax(1) / MAX_FLOAT8
+    scales = torch.where(scales == 0, 1.0, scales)
+    return Float8Weight(to_float8(wide / scales[:, None]), scales)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight as an array, [out, in]: a Float8Weight is rounded to `dtype` once, anything else stays what it is."""
+    if not isinstance(weight, Float8Weight):
+        return weight  # type: ignore[no-any-return]
+    return (weight.values.float() * weight.scales[:, None]).to(dtype)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -38,6 +60,8 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
+    if x.dtype == FLOAT8:  # torch has few functions for it, and moves bytes just as well
+        return x.view(torch.uint8).index_select(0, rows).view(FLOAT8)
     return x.index_select(0, rows)
 
 
@@ -51,11 +75,11 @@ def embed(weight: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens.clamp(min=0), weight)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    return F.linear(x, dense(weight, x.dtype))
 
 
-def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
     return tuple(linear(x, weight) for weight in weights)
 
 
@@ -87,5 +111,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(x, y, weight.T)
+def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+    return torch.addmm(x, y, dense(weight, y.dtype).T)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Window
+from clsa_cuda.plain import FLOAT8, to_float8
 
 SPARE_ROWS = PAGE_SIZE
 
@@ -34,7 +35,10 @@ def page_rows(block_table: Tensor, positions: Tensor, seen: Tensor, hidden: int)
 
 def _write(target: Tensor, values: Tensor, mapping: Tensor) -> None:
     rows = torch.where(mapping < 0, target.shape[0] - 1, mapping.long())
-    target.index_copy_(0, rows, values.to(target.dtype))
+    if target.dtype == FLOAT8:
+        target.view(torch.uint8).index_copy_(0, rows, to_float8(values).view(torch.uint8))
+    else:
+        target.index_copy_(0, rows, values.to(target.dtype))
 
 
 def write_memory(memory: Memory, k: Tensor, v: Tensor, k_idx: Tensor | None, slot_mapping: Tensor) -> Memory:

@@ -14,6 +14,7 @@ from clsa_mlx import kernels
 from clsa_mlx.attention import sequence_rows
 from clsa_mlx.blocks import after, blocks, join, spans
 from clsa_mlx.kernels.select import select as launch_select
+from clsa_mlx.state import widened
 
 _NOWHERE = 2**31 - 1  # sorts behind every position
 _UNSEEN = -(2**63)  # sorts below the key of every score
@@ -42,7 +43,7 @@ def _best_of_chunks(q: mx.array, k_idx: mx.array, queries: Queries, k: int, bloc
     """Like `_best`, for queries that share the keys of their sequence: [T, I], [N, I] -> [T, k]."""
     parts: list[mx.array] = []
     for b, start, stop in spans(queries):
-        keys = k_idx[after(parts, sequence_rows(queries, b))].astype(mx.float32)  # [S, I]
+        keys = widened(k_idx[after(parts, sequence_rows(queries, b))], mx.float32)  # [S, I]
         for first, last in blocks(start, stop, 16 * keys.shape[0]):
             scores = after(parts, q[first:last]).astype(mx.float32) @ keys.T
             parts.append(_best(scores, queries.positions[first:last], k, block_size))
@@ -113,6 +114,6 @@ def _paged_scores(q: mx.array, k_idx: mx.array, pages: mx.array) -> mx.array:
     q = q.astype(mx.float32)[:, None]
     parts: list[mx.array] = []
     for first, last in blocks(0, num_pages, 4 * num_queries * PAGE_SIZE * k_idx.shape[1]):
-        some = keys[after(parts, pages[:, first:last])].astype(mx.float32)
+        some = widened(keys[after(parts, pages[:, first:last])], mx.float32)
         parts.append(q @ some.reshape(num_queries, -1, k_idx.shape[1]).swapaxes(1, 2))
     return join(parts, axis=2)[:, 0]

@@ -4,6 +4,8 @@ Behind the rows that were asked for lie two of our own: the zero row, never writ
 sees nothing (what is masked is multiplied by zero, so it has to be finite), and the last row, which takes what a
 mapping of -1 discards.
 
+MLX has no type for float8 E4M3: such rows are uint8, and nothing else in this backend is.
+
 A write costs its own rows and no copy of the buffer if nothing holds the buffer when MLX comes to it. The ops see to
 their part by assigning to the array they were given, so that an old Memory or Window that somebody still has does not
 hold the old buffer. The caller must not keep slices or reshaped views, and what was given to `evaluate` is held until
@@ -15,11 +17,22 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from clsa.config import PAGE_SIZE
+from clsa.config import FP8, MODEL_DTYPE, PAGE_SIZE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import Memory, Window
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "int32": mx.int32}
+_FLOAT8_NAN = 0x7F
+
+
+def widened(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Stored rows, E4M3 or not, as `dtype`."""
+    return mx.from_fp8(x, dtype) if x.dtype == mx.uint8 else x.astype(dtype)
+
+
+def _stored(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`x` as rows of `dtype` hold it. MLX makes 448 of NaN, and `clsa.float8` does not."""
+    return mx.where(mx.isnan(x), _FLOAT8_NAN, mx.to_fp8(x)).astype(mx.uint8) if dtype == mx.uint8 else x
 
 
 def zero_row(rows: mx.array) -> int:
@@ -27,11 +40,18 @@ def zero_row(rows: mx.array) -> int:
     return int(rows.shape[0]) - 2
 
 
-def new_memory(rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
+def new_memory(
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    index_dim: int | None,
+    dtype: str,
+    stored: MemoryDtypes = MODEL_DTYPE,
+) -> Memory:
     rows = (-(-rows // PAGE_SIZE) + 1) * PAGE_SIZE  # whole pages, and one of our own
     shape = (rows, kv_heads, head_dim)
-    k_idx = None if index_dim is None else _zeros((rows, index_dim), dtype)
-    return Memory(_zeros(shape, dtype), _zeros(shape, dtype), k_idx)
+    k_idx = None if index_dim is None else _zeros((rows, index_dim), stored.index or dtype)
+    return Memory(_zeros(shape, stored.kv or dtype), _zeros(shape, stored.kv or dtype), k_idx)
 
 
 def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:
@@ -41,10 +61,10 @@ def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str
 
 def write_memory(memory: Memory, k: mx.array, v: mx.array, k_idx: mx.array | None, slot_mapping: mx.array) -> Memory:
     rows = _targets(memory.k, slot_mapping)
-    memory.k[rows] = k
-    memory.v[rows] = v
+    memory.k[rows] = _stored(k, memory.k.dtype)
+    memory.v[rows] = _stored(v, memory.v.dtype)
     if memory.k_idx is not None and k_idx is not None:
-        memory.k_idx[rows] = k_idx
+        memory.k_idx[rows] = _stored(k_idx, memory.k_idx.dtype)
     return memory
 
 
@@ -69,7 +89,7 @@ def _targets(buffer: mx.array, mapping: mx.array) -> mx.array:
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> mx.array:
-    zeros = mx.zeros(shape, DTYPES[dtype])
+    zeros = mx.zeros(shape, mx.uint8 if dtype == FP8 else DTYPES[dtype])
     try:
         mx.eval(zeros)  # now, so that a lack of memory shows here and not in a step
     except (RuntimeError, ValueError) as error:
