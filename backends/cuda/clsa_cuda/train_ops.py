@@ -7,7 +7,7 @@ look at it as [B, T]. There is no paged state: a memory is this batch's own k, v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsa.config import MODEL_DTYPE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
 from clsa_cuda import plain
@@ -111,6 +112,7 @@ class TrainOps:
     name = "cuda"
     temporary_bytes = 0  # the engine alone asks
     keeps_quantized = False
+    no_fp8: Mapping[str, str] = {}  # nobody asks
 
     itemsize = staticmethod(plain.itemsize)
     take = staticmethod(plain.take)
@@ -148,6 +150,9 @@ class TrainOps:
 
     def quantized_weight(self, host: QuantizedWeight, dtype: str) -> Tensor:
         _not_in_training("quantized_weight")
+
+    def float8_weight(self, weight: Tensor) -> Tensor:
+        _not_in_training("float8_weight")
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         return (wide(x) if x.is_floating_point() else x).detach().cpu().numpy()
@@ -189,7 +194,15 @@ class TrainOps:
         return self.rope(self.rms_norm(x, weight, eps), positions, theta)
 
     # -- state ---------------------------------------------------------------------------------------------
-    def new_memory(self, rows: int, kv_heads: int, head_dim: int, index_dim: int | None, dtype: str) -> Memory:
+    def new_memory(
+        self,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        index_dim: int | None,
+        dtype: str,
+        stored: MemoryDtypes = MODEL_DTYPE,
+    ) -> Memory:
         return Memory(None, None, None)
 
     def new_window(self, slots: int, window: int, kv_heads: int, head_dim: int, dtype: str) -> Window:

@@ -15,7 +15,7 @@ from clsa_mlx.fused import on_gpu
 from clsa_mlx.kernels.attend import has_kernel
 from clsa_mlx.kernels.gather_attention import gather_attention as launch_gather_attention
 from clsa_mlx.kernels.sliding_attention import sliding_attention as launch_sliding_attention
-from clsa_mlx.state import zero_row
+from clsa_mlx.state import widened, zero_row
 
 
 def gather_attention(q: mx.array, memory: Memory, selection: Selection) -> mx.array:
@@ -30,7 +30,7 @@ def dense_attention(q: mx.array, memory: Memory, queries: Queries) -> mx.array:
     parts: list[mx.array] = []
     for b, start, stop in spans(queries):
         rows = after(parts, sequence_rows(queries, b))
-        keys, values = _gather_heads(memory.k, rows[None]), _gather_heads(memory.v, rows[None])
+        keys, values = (widened(_gather_heads(x, rows[None]), q.dtype) for x in (memory.k, memory.v))
         places = mx.arange(rows.shape[0], dtype=mx.int32)
         for first, last in blocks(start, stop, 4 * q.shape[1] * rows.shape[0]):
             mask = places <= queries.positions[first:last, None]
@@ -97,7 +97,7 @@ def _attend_rows(q: mx.array, memory: Memory, rows: mx.array) -> mx.array:
     parts: list[mx.array] = []
     for first, last in blocks(0, q.shape[0], 4 * rows.shape[1] * kv_heads * head_dim):
         own = after(parts, rows[first:last])
-        keys, values = _gather_heads(memory.k, own), _gather_heads(memory.v, own)
+        keys, values = (widened(_gather_heads(x, own), q.dtype) for x in (memory.k, memory.v))
         parts.append(_attend(q[first:last, :, None], keys, values, own[:, None] >= 0)[:, :, 0])
     return join(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,8 +11,10 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+from clsa.config import FP8
+from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, HeadNorms, QuantizedWeight, Queries, Weight, Window
+from clsa.ops import Compute, Float8Weight, HeadNorms, QuantizedWeight, Queries, Weight, Window
 from clsa_mlx import kernels
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import fused, on_gpu
@@ -20,12 +22,15 @@ from clsa_mlx.kernels.norm_rope import norm_rope as launch_norm_rope
 from clsa_mlx.quantized import quantized_linear, quantized_rows
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
-from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, write_memory, write_window
+from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, widened, write_memory, write_window
 
 name = "mlx"
 device = "cpu (MLX)"
 temporary_bytes = 256 << 20  # see clsa_mlx.blocks
 keeps_quantized = True
+no_fp8: Mapping[str, str] = {
+    "weights": "backend 'mlx' has no fp8 weights; `clsa convert --quantize 8` makes 8-bit ones that it computes with"
+}
 
 
 # -- arrays ------------------------------------------------------------------------------------------------
@@ -43,6 +48,10 @@ def quantized_weight(host: QuantizedWeight, dtype: str) -> QuantizedWeight:
     return QuantizedWeight(asarray(host.packed), scales, biases, host.group_size, host.bits)
 
 
+def float8_weight(weight: mx.array) -> Float8Weight:
+    raise BackendError(no_fp8["weights"])
+
+
 def asarrays(arrays: Sequence[np.ndarray]) -> list[mx.array]:
     return [asarray(x) for x in arrays]
 
@@ -57,7 +66,7 @@ def record(compute: Compute) -> Compute | None:
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+    return np.array(widened(x, mx.float32) if x.dtype in (mx.bfloat16, mx.uint8) else x)
 
 
 def cast(x: mx.array, dtype: str) -> mx.array:
@@ -65,7 +74,7 @@ def cast(x: mx.array, dtype: str) -> mx.array:
 
 
 def itemsize(dtype: str) -> int:
-    return int(DTYPES[dtype].size)
+    return 1 if dtype == FP8 else int(DTYPES[dtype].size)
 
 
 def take(x: mx.array, rows: mx.array) -> mx.array:
@@ -194,6 +203,7 @@ __all__ = [
     "embed",
     "evaluate",
     "fetch",
+    "float8_weight",
     "gather_attention",
     "itemsize",
     "keeps_quantized",
@@ -203,6 +213,7 @@ __all__ = [
     "name",
     "new_memory",
     "new_window",
+    "no_fp8",
     "norm_linears",
     "norm_rope",
     "norm_swiglu",
