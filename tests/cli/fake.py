@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clsa import ModelConfig, RequestError, SamplingParams
+from clsa.llm import Progress
 from clsa.outputs import Piece, RequestOutput, TokenLogprob
 
 CONFIG = ModelConfig(
@@ -30,6 +31,12 @@ CONFIG = ModelConfig(
 class FakeTokenizer:
     has_chat_template = True
 
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
     def encode_chat(self, messages: Any) -> list[int]:
         if not isinstance(messages, list) or not messages:
             raise RequestError(f"messages must be a list, got {messages!r}")
@@ -37,14 +44,17 @@ class FakeTokenizer:
 
 
 class FakeLLM:
-    """`say` are the pieces of every answer. A prompt that holds "refuse" is refused, "fail" fails."""
+    """`say` are the pieces of every answer. A prompt that holds "refuse" is refused, "fail" fails.
+
+    It takes `prefill` steps of 2,000 tokens before an answer, each of them `delay` seconds, as is each piece.
+    """
 
     backend, device, dtype = "fake", "cpu (pretended)", "float32"
     why = "fake on cpu (pretended) (it is the only one)"
     config = CONFIG
 
-    def __init__(self, say: Sequence[str] = ("Hello", " world"), delay: float = 0.0) -> None:
-        self.say, self.delay = list(say), delay
+    def __init__(self, say: Sequence[str] = ("Hello", " world"), delay: float = 0.0, prefill: int = 0) -> None:
+        self.say, self.delay, self.prefill = list(say), delay, prefill
         self.tokenizer = FakeTokenizer()
         self.asked: list[Any] = []
         self.params: list[SamplingParams] = []
@@ -58,14 +68,31 @@ class FakeLLM:
     def close(self) -> None:
         self.closed = True
 
-    def stream(self, prompt: Any, params: SamplingParams, *, salt: str = "") -> Iterator[Piece]:
+    def stream(
+        self, prompt: Any, params: SamplingParams, *, salt: str = "", progress: Progress | None = None
+    ) -> Iterator[Piece]:
         self._note(prompt, params)
-        return self._pieces(9 + len(self.asked), params)
+        return self._pieces(9 + len(self.asked), params, progress)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams, *, stream: bool) -> Iterator[Piece]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams,
+        *,
+        stream: bool,
+        progress: Progress | None = None,
+    ) -> Iterator[Piece]:
         assert stream
         self._note([dict(message) for message in messages], params)
-        return self._pieces(10 * len(messages), params)
+        return self._pieces(10 * len(messages), params, progress)
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "max_model_len": self.config.max_position_embeddings,
+            "max_tokens_in_memory": 1 << 20,
+            "prompt_tokens": 40,
+            "prefix_tokens_hit": 7,
+        }
 
     def run(
         self, requests: Iterable[tuple[Any, Any, SamplingParams]], *, ordered: bool = False, salt: str = ""
@@ -104,8 +131,12 @@ class FakeLLM:
             error="the step failed" if failed else None,
         )
 
-    def _pieces(self, prompt_tokens: int, params: SamplingParams) -> Iterator[Piece]:
+    def _pieces(self, prompt_tokens: int, params: SamplingParams, progress: Progress | None) -> Iterator[Piece]:
         try:
+            for step in range(self.prefill):
+                time.sleep(self.delay)
+                if progress is not None:
+                    progress(2000 * step, 2000 * self.prefill)
             for i, text in enumerate(self.say):
                 time.sleep(self.delay)
                 last = i == len(self.say) - 1
