@@ -1,12 +1,14 @@
 """`select`: paged index scores and the exact top-k, in two launches.
 
-The first streams K_idx once. It writes each score as an int32 key in the order of scores, and the largest key of
-every `group` tokens. The second, in `pick`, finds the k best from them.
+The first streams K_idx, once for each query or, in `score_many`, for many of a sequence. It writes each score as an
+int32 key in the order of scores, and the largest key of every `group` tokens. The second, in `pick`, finds the k best
+from them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import triton
@@ -18,6 +20,7 @@ from clsa.errors import BackendError
 from clsa.ops import Memory, Queries, Selection
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.pick import ABSENT, keys_of, pick
+from clsa_cuda.kernels.score_many import score_many, takes
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2, select_tiles
 
 _MAX_SCRATCH_BYTES = 256 << 20  # of the scores of the queries that one launch takes
@@ -120,13 +123,16 @@ def score_keys(q_idx: Tensor, k_idx: Tensor, queries: Queries, tiles: SelectTile
     return keys, maxima
 
 
+def _part(queries: Queries, start: int, stop: int) -> Queries:
+    rows = slice(start, stop)
+    bounds = tuple(min(max(start, row), stop) - start for row in queries.cu_seqlens)
+    return replace(queries, positions=queries.positions[rows], sequence=queries.sequence[rows], cu_seqlens=bounds)
+
+
 def select(
     q_idx: Tensor, memory: Memory, queries: Queries, k: int, block_size: int, tiles: SelectTiles | None = None
 ) -> Selection:
-    """`Ops.select` for blocks of one token and k up to `tiles.MAX_SELECTED`; `tiles` is for measuring others.
-
-    Each query reads the index keys of its whole sequence: made for decode steps, right for any queries.
-    """
+    """`Ops.select` for blocks of one token and k up to `tiles.MAX_SELECTED`; `tiles` is for measuring others."""
     if block_size != 1:
         raise BackendError(f"the select kernel takes index_block_size 1, got {block_size}; use the plain op")
     assert memory.k_idx is not None
@@ -136,11 +142,16 @@ def select(
     if num_queries == 0:
         nothing = torch.empty(0, k, dtype=torch.int32, device=q_idx.device)
         return Selection(nothing, nothing, nothing.new_empty(0))
+    many = takes(q_idx.shape[1]) and any(b - a > 1 for a, b in pairwise(queries.cu_seqlens))
     parts = []
     for start in range(0, num_queries, step):
-        rows = slice(start, start + step)
-        part = replace(queries, positions=queries.positions[rows], sequence=queries.sequence[rows])
-        parts.append(pick(*score_keys(q_idx[rows], memory.k_idx, part, tiles), part, k, tiles))
+        stop = min(start + step, num_queries)
+        part, q_part = _part(queries, start, stop), q_idx[start:stop]
+        if many:
+            scores = score_many(q_part, memory.k_idx, part, tiles.group)
+        else:
+            scores = score_keys(q_part, memory.k_idx, part, tiles)
+        parts.append(pick(*scores, part, k, tiles))
     if len(parts) == 1:
         return parts[0]
     return Selection(*(torch.cat([getattr(p, name) for p in parts]) for name in ("positions", "rows", "lengths")))
