@@ -2,7 +2,7 @@
 
 A batch is B sequences of equal length T, packed one after the other, so the packed axis is [B * T] and every op can
 look at it as [B, T]. There is no paged state: a memory is this batch's own k, v and k_idx. Shapes use the letters of
-`clsa.ops`; scores and attention over all positions, [B, T, T], are materialised.
+`clsa.ops`; of what is [B, T, T] only the selection is materialised, as the mask of sparse attention.
 """
 
 from __future__ import annotations
@@ -19,32 +19,28 @@ from clsa.config import MODEL_DTYPE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
 from clsa_cuda import plain
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from clsa_cuda.distill import Teacher, index_kd_loss, query_blocks, wide
 
 
 def top_k_mask(scores: Tensor, k: int, block_size: int) -> Tensor:
-    """The selected set of each query as a mask: [B, T, T] scores -> [B, T, T] bool.
+    """The selected set of each query as a mask: [B, C, S] scores -> [B, C, S] bool; the last C of S positions ask.
 
     Exact and causal; NaN counts as -inf and equal scores go to the lower position, as in `clsa.ops`. A block of
     `block_size` > 1 tokens has the score of its best visible token, and k / block_size blocks are chosen.
     """
-    length = scores.shape[-1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    count, length = scores.shape[-2:]
+    causal = torch.ones(count, length, dtype=torch.bool, device=scores.device).tril(length - count)
     scores = scores.masked_fill(~causal | scores.isnan(), -torch.inf)
     visible = causal
     if block_size > 1:
         padded = F.pad(scores, (0, -length % block_size), value=-torch.inf)
-        scores = padded.unflatten(-1, (-1, block_size)).amax(-1)  # [B, T, blocks]
+        scores = padded.unflatten(-1, (-1, block_size)).amax(-1)  # [B, C, blocks]
         visible = F.pad(causal, (0, -length % block_size)).unflatten(-1, (-1, block_size)).any(-1)
-    count = min(k // block_size, scores.shape[-1])
-    threshold = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    chosen = min(k // block_size, scores.shape[-1])
+    threshold = scores.topk(chosen, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > threshold, (scores == threshold) & visible
-    room = count - above.sum(-1, keepdim=True)
-    mask = above | (equal & (equal.cumsum(-1) <= room))
+    room = chosen - above.sum(-1, keepdim=True)
+    mask = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
     if block_size > 1:
         mask = mask.repeat_interleave(block_size, dim=-1)[..., :length]
     return mask & causal
@@ -53,53 +49,48 @@ def top_k_mask(scores: Tensor, k: int, block_size: int) -> Tensor:
 class Routing:
     """What one index saw and chose, and the dense attention of the layers that read its selection (its teacher).
 
-    `scores` [B, T, T] is scaled by 1/sqrt(I) and not yet causal. It carries gradient to the index and on through it to
-    the hidden states: the paper stops the gradient of the teacher only.
+    q_idx and k_idx [B, T, I] carry gradient to the index and on through it to the hidden states: the paper stops the
+    gradient of the teacher only. Everything here goes by blocks of queries; only `mask` is [B, T, T].
     """
 
-    def __init__(self, scores: Tensor, k: int, block_size: int) -> None:
-        self.scores = scores
+    def __init__(self, q_idx: Tensor, k_idx: Tensor, k: int, block_size: int) -> None:
+        self.teacher = Teacher()
+        self._q_idx, self._k_idx = q_idx, k_idx
         self._size = (k, block_size)
         self._mask: Tensor | None = None
-        self._teacher = torch.zeros_like(scores)
-        self._heads = 0
 
     @property
     def mask(self) -> Tensor:
         """[B, T, T] bool: what is selected."""
         if self._mask is None:
-            with torch.no_grad():
-                self._mask = top_k_mask(self.scores, *self._size)
+            batch, length, _ = self._q_idx.shape
+            mask = torch.zeros(batch, length, length, dtype=torch.bool, device=self._q_idx.device)
+            for start, stop in query_blocks(batch, length):
+                mask[:, start:stop, :stop] = self._selected(start, stop)
+            self._mask = mask
         return self._mask
 
-    @property
-    def teacher(self) -> Tensor:
-        """[B, T, T]: dense attention averaged over heads and layers (paper, equation 5)."""
-        return self._teacher / self._heads
-
-    @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor) -> None:
-        """Add a layer's dense attention: q [B, H, T, D], k [B, G, T, D]. One head at a time, to bound memory."""
-        num_heads, length, head_dim = q.shape[1:]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        for h in range(num_heads):
-            keys = k[:, h // (num_heads // k.shape[1])]
-            scores = wide(q[:, h]) @ wide(keys).mT * head_dim**-0.5
-            self._teacher += scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-        self._heads += num_heads
+        """Add a layer's dense attention to the teacher: q [B, H, T, D], k [B, G, T, D]."""
+        self.teacher.add(q, k)
 
     def kd_loss(self) -> Tensor:
         """Mean over positions of KL(teacher || softmax(scores)), causal (equation 6)."""
-        length = self.scores.shape[-1]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=self.scores.device).triu(1)
-        teacher = self.teacher
-        student = self.scores.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0.0)
-        return (torch.xlogy(teacher, teacher) - teacher * student).sum(-1).mean()
+        return index_kd_loss(self._q_idx, self._k_idx, self.teacher)
 
     @torch.no_grad()
     def coverage(self) -> Tensor:
         """[B, T]: the share of the dense attention mass that lies on the selected positions."""
-        return (self.teacher * self.mask).sum(-1)
+        blocks = query_blocks(*self._q_idx.shape[:2])
+        return torch.cat([self.teacher.rows(*b).mul_(self._selected(*b)).sum(-1) for b in blocks], dim=1)
+
+    @torch.no_grad()
+    def _selected(self, start: int, stop: int) -> Tensor:
+        """[B, stop - start, stop] bool."""
+        if self._mask is not None:
+            return self._mask[:, start:stop, :stop]
+        scores = wide(self._q_idx[:, start:stop]) @ wide(self._k_idx[:, :stop]).mT
+        return top_k_mask(scores, *self._size)
 
 
 class TrainOps:
@@ -222,8 +213,7 @@ class TrainOps:
         """A `Routing`: what the model passes on as a selection."""
         assert memory.k_idx is not None  # the plan gives a memory that routes its index keys
         shape = (self._batch, self._length, -1)
-        q, keys = wide(q_idx).reshape(shape), wide(memory.k_idx).reshape(shape)
-        self.routings.append(Routing(q @ keys.mT * q.shape[-1] ** -0.5, k, block_size))
+        self.routings.append(Routing(q_idx.reshape(shape), memory.k_idx.reshape(shape), k, block_size))
         return self.routings[-1]
 
     def take_selection(self, selection: Selection, rows: Tensor) -> Selection:
