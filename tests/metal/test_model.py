@@ -38,4 +38,4 @@ def test_decode_steps_use_every_kernel(ops: Ops) -> None:
     calls = calls_of(lambda: assert_parity(ops, "clsa", [[text.chunk(0, 66)], [text.chunk(66, 67)]]))
     names = {call.source.kernel.name.removeprefix("clsa_") for call in calls}
     selecting = {f"select_{part}" for part in ("scores", "candidates", "threshold", "write")}
-    assert names == {"norm_rope", "add_rms_norm", "gather_attention", "sliding_attention", *selecting}
+    assert names == {"norm_rope", "add_rms_norm", "gather_attention", "attend_window", *selecting}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.metal.test_attend_window import test_shapes as test_attend_window_shapes
+from tests.metal.test_attend_window import test_windows, test_windows_in_parts
 from tests.metal.test_gather_attention import (
     test_infinite_scores,
     test_large_scores_do_not_overflow,
@@ -21,14 +23,13 @@ from tests.metal.test_select import (
     test_real_scores,
     test_special_scores,
 )
-from tests.metal.test_sliding_attention import test_shapes as test_sliding_attention_shapes
-from tests.metal.test_sliding_attention import test_windows, test_windows_in_parts
 
 pytestmark = [pytest.mark.mlx, pytest.mark.metal]
 
 __all__ = [
     "ops",
     "test_add_rms_norm",
+    "test_attend_window_shapes",
     "test_gather_attention_shapes",
     "test_index_dims",
     "test_infinite_scores",
@@ -41,7 +42,6 @@ __all__ = [
     "test_only_scores_of_minus_infinity_give_zeros",
     "test_prompts_and_decode_steps",
     "test_real_scores",
-    "test_sliding_attention_shapes",
     "test_special_scores",
     "test_windows",
     "test_windows_in_parts",

@@ -14,7 +14,6 @@ from clsa_mlx.blocks import after, blocks, join, spans
 from clsa_mlx.fused import on_gpu
 from clsa_mlx.kernels.attend import has_kernel
 from clsa_mlx.kernels.gather_attention import gather_attention as launch_gather_attention
-from clsa_mlx.kernels.sliding_attention import sliding_attention as launch_sliding_attention
 from clsa_mlx.state import widened, zero_row
 
 
@@ -40,8 +39,6 @@ def dense_attention(q: mx.array, memory: Memory, queries: Queries) -> mx.array:
 
 def sliding_attention(q: mx.array, k: mx.array, v: mx.array, window: Window, queries: Queries) -> mx.array:
     if queries.one_each:
-        if kernels.enabled and has_kernel(q, window.k):
-            return launch_sliding_attention(q, k, v, window, queries)
         return _sliding_decode(q, k, v, window, queries)
     size = window.size
     longest = max(size, 128)  # queries of a block: about as many as each of them sees

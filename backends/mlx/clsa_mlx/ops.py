@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -14,15 +13,15 @@ import numpy as np
 from clsa.config import FP8
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, Float8Weight, HeadNorms, QuantizedWeight, Queries, Weight, Window
-from clsa_mlx import kernels
+from clsa.ops import Compute, Float8Weight, QuantizedWeight, Weight
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
-from clsa_mlx.fused import fused, on_gpu
-from clsa_mlx.kernels.norm_rope import norm_rope as launch_norm_rope
-from clsa_mlx.quantized import quantized_linear, quantized_rows
+from clsa_mlx.fused import on_gpu
+from clsa_mlx.linears import add_linear, linear, linears, norm_linears, norm_swiglu, rms_norm, swiglu
+from clsa_mlx.quantized import quantized_rows
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
 from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, widened, write_memory, write_window
+from clsa_mlx.window import attend_window, norm_rope
 
 name = "mlx"
 device = "cpu (MLX)"
@@ -121,73 +120,6 @@ def embed(weight: Weight, tokens: mx.array) -> mx.array:
     # MLX reads out of bounds without a word, and a row without a token has id -1.
     rows = mx.clip(tokens, 0, (weight.packed if quantized else weight).shape[0] - 1)
     return quantized_rows(weight, rows) if quantized else weight[rows]
-
-
-def linear(x: mx.array, weight: Weight) -> mx.array:
-    return quantized_linear(x, weight) if isinstance(weight, QuantizedWeight) else x @ weight.T
-
-
-def linears(x: mx.array, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
-    return tuple(linear(x, weight) for weight in weights)
-
-
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
-
-
-def rope(x: mx.array, positions: mx.array, theta: float) -> mx.array:
-    # mx.fast.rope would take the positions as offsets, but its kernel uses fast sines, which drift at large angles.
-    half = x.shape[-1] // 2
-    angles = positions.astype(mx.float32)[:, None, None] * _frequencies(half, theta)  # [T, 1, D / 2]
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    first, second = x[..., :half], x[..., half:]  # float32 below: the angles are
-    rotated = mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def norm_rope(x: mx.array, weight: mx.array, eps: float, positions: mx.array, theta: float) -> mx.array:
-    if kernels.enabled:
-        return launch_norm_rope(x, weight, eps, positions, _frequencies(x.shape[-1] // 2, theta))
-    return rope(rms_norm(x, weight, eps), positions, theta)
-
-
-@lru_cache(maxsize=16)
-def _frequencies(half: int, theta: float) -> mx.array:
-    return mx.array((theta ** (-np.arange(half) / half)).astype(np.float32))
-
-
-@fused
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    wide = gate.astype(mx.float32)
-    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
-
-
-def norm_linears(x: mx.array, norm: mx.array, eps: float, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
-    return linears(rms_norm(x, norm, eps), weights)
-
-
-def norm_swiglu(x: mx.array, norm: mx.array, eps: float, gate: Weight, up: Weight) -> mx.array:
-    return swiglu(*norm_linears(x, norm, eps, (gate, up)))  # type: ignore[no-any-return]
-
-
-def add_linear(x: mx.array, y: mx.array, weight: Weight) -> mx.array:
-    if isinstance(weight, QuantizedWeight):
-        return x + quantized_linear(y, weight)
-    return mx.addmm(x, y, weight.T)
-
-
-def attend_window(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    norms: HeadNorms,
-    window: Window,
-    queries: Queries,
-    ring_mapping: mx.array,
-) -> tuple[mx.array, Window]:
-    q = norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
-    k = norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
-    return sliding_attention(q, k, v, window, queries), write_window(window, k, v, ring_mapping)
 
 
 __all__ = [

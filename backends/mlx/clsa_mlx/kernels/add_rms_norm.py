@@ -1,4 +1,4 @@
-"""add_rms_norm in one launch."""
+"""A residual sum and the norm that follows it, in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clsa_mlx.kernels.load import load
 def add_rms_norm(
     x: mx.array, y: mx.array, weight: mx.array, eps: float, threads: int = THREADS
 ) -> tuple[mx.array, mx.array]:
-    """As `Ops.add_rms_norm`: x and y [T, C] of one dtype, weight [C]."""
+    """x + y rounded to its dtype, and `Ops.rms_norm` of that: x and y [T, C] of one dtype, weight [C]."""
     total, normed = load("add_rms_norm", ("x", "y", "weight", "epsilon"), ("sum", "normed"))(
         inputs=[x, y, weight, eps],
         template=[("T", x.dtype), ("C", x.shape[-1]), ("THREADS", threads)],

@@ -11,13 +11,14 @@ struct Attention {
   uint lane;
 
   // queries of the heads, one after the other; heads from `count` on repeat the last one.
-  METAL_FUNC void start(const device T* queries, int count, float scale, uint lane_) {
+  template <typename Queries>
+  METAL_FUNC void start(Queries queries, int count, float scale, uint lane_) {
     lane = lane_;
     for (int h = 0; h < HEADS; ++h) {
       for (int i = 0; i < E; ++i) {
-        const bool holds = lane * E < D;
-        const T element = holds ? queries[min(h, count - 1) * D + lane * E + i] : T(0.0f);
-        query[h][i] = static_cast<float>(element) * scale;
+        float element = 0.0f;
+        if (lane * E < D) element = static_cast<float>(queries[min(h, count - 1) * D + lane * E + i]);
+        query[h][i] = element * scale;
         weighted[h][i] = 0.0f;
       }
       top[h] = LOWEST_SCORE;
@@ -36,6 +37,12 @@ struct Attention {
         load_floats<E>(values + at[n] + lane * E, v[n]);
       }
     }
+    weigh<N>(k, v);
+  }
+
+  // N rows that the lanes hold already: their elements, zero beyond D.
+  template <int N>
+  METAL_FUNC void weigh(const thread float (&k)[N][E], const thread float (&v)[N][E]) {
     for (int h = 0; h < HEADS; ++h) {
       float scores[N], highest = top[h];
       for (int n = 0; n < N; ++n) {

@@ -14,11 +14,18 @@ _FOLDER = Path(__file__).parent
 
 @cache
 def load(
-    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], headers: tuple[str, ...] = (), atomic: bool = False
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    headers: tuple[str, ...] = (),
+    *,
+    atomic: bool = False,
+    strided: bool = False,
 ) -> Callable[..., list[mx.array]]:
     """`mx.fast.metal_kernel` of `<name>.metal` behind `<header>.h.metal`, made once per process.
 
-    Args: names of the buffers as the kernel uses them; `atomic` makes all outputs atomic.
+    Args: names of the buffers as the kernel uses them; `atomic` makes all outputs atomic; a `strided` kernel takes
+    inputs as they lie in memory, where for others MLX copies what does not lie row by row.
     """
     kernel = mx.fast.metal_kernel(
         name=f"clsa_{name}",
@@ -26,6 +33,7 @@ def load(
         output_names=list(outputs),
         source=_text(f"{name}.metal"),
         header="".join(_text(f"{header}.h.metal") for header in headers),
+        ensure_row_contiguous=not strided,
         atomic_outputs=atomic,
     )
     return cast(Callable[..., list[mx.array]], kernel)
