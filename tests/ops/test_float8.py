@@ -97,7 +97,8 @@ def test_written_nowhere_and_written_again(ops: Ops, dtype: str) -> None:
     slots = rng.permutation(ROWS)[:65].astype(np.int32)
     slots[::3] = -1
     memory = filled(ops, old[0], old[1], old[2], dtype, BOTH)
-    memory = ops.write_memory(memory, *(ops.asarray(x) for x in (*new, slots)))
+    k, v, k_idx, mapping = (ops.asarray(x) for x in (*new, slots))
+    memory = ops.write_memory(memory, k, v, k_idx, mapping)
     for array, before, after in zip((memory.k, memory.v, memory.k_idx), old, new):
         want = to_float8(before)
         want[slots[slots >= 0]] = to_float8(after[slots >= 0])
@@ -163,7 +164,8 @@ def test_state_moves_through_the_host_exactly(ops: Ops, dtype: str) -> None:
     rows = ops.asarray(np.arange(ROWS, dtype=np.int32))
     read = [ops.to_numpy(ops.take(x, rows)) for x in (memory.k, memory.v, memory.k_idx)]
     assert all(x.dtype == np.float32 for x in read)
-    again = ops.write_memory(ops.new_memory(ROWS, 2, 8, 16, dtype, BOTH), *(ops.asarray(x, dtype) for x in read), rows)
+    k, v, k_idx = (ops.asarray(x, dtype) for x in read)
+    again = ops.write_memory(ops.new_memory(ROWS, 2, 8, 16, dtype, BOTH), k, v, k_idx, rows)
     for x, array in zip(read, (again.k, again.v, again.k_idx)):
         np.testing.assert_array_equal(ops.to_numpy(array)[:ROWS], x)
 
@@ -214,7 +216,7 @@ def test_products(ops: Ops, dtype: str, shape: tuple[int, int, int]) -> None:
             *(("linear", out) for out in o.linears(y, (a, b))),
             *(("linear", out) for out in o.linears(y, (a, c))),
             *(("norm_linears", out) for out in o.norm_linears(y, n, 1e-6, (a, b))),
-            ("norm_swiglu", o.norm_swiglu(y, n, 1e-6, a, b)),
+            ("float8_swiglu", o.norm_swiglu(y, n, 1e-6, a, b)),
             ("add_linear", o.add_linear(o.asarray(residual), y, a)),
         ]
     for (op, got), (_, want) in zip(results[ops.name], results["numpy"], strict=True):

@@ -21,6 +21,7 @@ from clsa.errors import BackendError
 from clsa.ops import HeadNorms
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
+from clsa_cuda.plain import FLOAT8
 
 
 @triton.jit
@@ -225,8 +226,8 @@ def _attend_kernel(
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & (d < D)[None, :]
-        k_tile = tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0)
-        v_tile = tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0)
+        k_tile = tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0).to(q_tile.dtype)
+        v_tile = tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0).to(q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         visible = seen[None, :]
         if PACK > 1:
@@ -283,7 +284,7 @@ def attend_rows(
         return out
     own = own or kv
     for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
-        if x.dtype != q.dtype:
+        if x.dtype not in (q.dtype, FLOAT8):
             raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
     assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
     assert rows.stride(-1) == 1 and lengths.is_contiguous()

@@ -11,6 +11,14 @@ from clsa_cuda.kernels.tiles import next_power_of_2
 
 
 @triton.jit
+def _store(to, x, mask):
+    """Store a row as what it is kept in. Triton rounds to E4M3 as `clsa.float8` says, but for what is too large."""
+    if to.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(to, x.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _write_kernel(
     k,  # [T, E]
     v,  # [T, E]
@@ -32,11 +40,11 @@ def _write_kernel(
     row = tl.load(mapping + t).to(tl.int64)
     if row >= 0:
         e = tl.arange(0, BLOCK_E)
-        tl.store(to_k + row * E + e, tl.load(k + t * k_stride + e, mask=e < E), mask=e < E)
-        tl.store(to_v + row * E + e, tl.load(v + t * v_stride + e, mask=e < E), mask=e < E)
+        _store(to_k + row * E + e, tl.load(k + t * k_stride + e, mask=e < E), e < E)
+        _store(to_v + row * E + e, tl.load(v + t * v_stride + e, mask=e < E), e < E)
         if I > 0:
             i = tl.arange(0, BLOCK_I)
-            tl.store(to_k_idx + row * I + i, tl.load(k_idx + t * k_idx_stride + i, mask=i < I), mask=i < I)
+            _store(to_k_idx + row * I + i, tl.load(k_idx + t * k_idx_stride + i, mask=i < I), i < I)
 
 
 def _write(
