@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from clsa_cli.chat_input import piped_line, terminal_lines
 from clsa_cli.chat_session import COMMANDS, WITH_FILE, Conversation
 from clsa_cli.chat_store import DocumentStore, cache_folder
 from clsa_cli.generate import check_text
+
+if TYPE_CHECKING:
+    from clsa.llm import LLM
 
 _DOCUMENTS, _SHOW = "Documents", "Output"
 CACHE_BYTES = 10_000_000_000
@@ -50,7 +53,11 @@ def chat(
     ] = CACHE_BYTES,
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="Show answers as they are, not as Markdown.", rich_help_panel=_SHOW),
+        typer.Option(
+            "--plain",
+            help="Show answers as they are; left out, a terminal shows Markdown rendered.",
+            rich_help_panel=_SHOW,
+        ),
     ] = False,
     max_tokens: options.MaxTokens = 256,
     temp: options.Temp = 0.0,
@@ -90,9 +97,16 @@ def chat(
             tokens = leading_tokens(llm, start, text)
             check_room(llm, len(tokens), what, max_tokens)
             kept = process(llm, tokens, what, _store(cache_dir, cache_bytes))
+        plain = plain or _only_continues(llm)
         interactive = sys.stdin.isatty()
         lines = terminal_lines(COMMANDS, WITH_FILE) if interactive else piped_line
         Conversation(llm, params, start, kept=kept, plain=plain).run(lines, interactive=interactive)
+
+
+def _only_continues(llm: LLM) -> bool:
+    """Whether the template says nothing behind a message: such a model continues texts, and they are no Markdown."""
+    message = "x"
+    return llm.tokenizer.apply_chat_template([{"role": "user", "content": message}]).endswith(message)
 
 
 def _store(folder: Path | None, max_bytes: int) -> DocumentStore | None:

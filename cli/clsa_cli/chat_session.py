@@ -52,6 +52,7 @@ class Conversation:
         self.messages = list(start)
         self.pending: list[Document] = []
         self.last: Piece | None = None
+        self.num_asked = self.num_cached = 0  # prompt tokens of all turns, and those found in the cache
 
     def run(self, lines: Lines, *, interactive: bool) -> None:
         """Answer line after line. What is refused ends a conversation only if nobody sits at it."""
@@ -79,8 +80,7 @@ class Conversation:
         if command in WITH_FILE:
             if argument is None:
                 raise RequestError(f"{command} needs a file: {command} PATH")
-            path = Path(argument).expanduser()
-            {"/file": self._add, "/load": self._load, "/save": self._save}[command](path)
+            {"/file": self._add, "/load": self._load, "/save": self._save}[command](_path(argument))
         elif command == "/reset":
             self._reset()
         elif command == "/stats":
@@ -102,6 +102,8 @@ class Conversation:
             output.note("[stopped before the answer]")
             return
         self.last = last
+        self.num_asked += last.prompt_tokens
+        self.num_cached += last.cached_tokens
         output.note(
             f"[{last.generation_tps:,.1f} tokens/s, {last.cached_tokens:,} of "
             f"{output.count(last.prompt_tokens, 'prompt token')} from the cache"
@@ -169,15 +171,15 @@ class Conversation:
     def _stats(self) -> list[tuple[str, str]]:
         from clsa.params import state_bytes_per_token, window_bytes
 
-        config, counts, last = self.llm.config, self.llm.stats(), self.last
+        config, last = self.llm.config, self.last
         per_token, window = state_bytes_per_token(config, self.llm.dtype), window_bytes(config, self.llm.dtype)
         state = f"{per_token:,} bytes per token, and {output.size(window)} of windows however long it is"
-        hits = f"{counts['prefix_tokens_hit']:,} of {output.count(counts['prompt_tokens'], 'prompt token')} so far"
+        hits = f"{self.num_cached:,} of {output.count(self.num_asked, 'prompt token')} in all turns"
         if last is None:
             return [("context", "no answer yet"), ("state", state), ("cache hits", hits)]
         context = last.prompt_tokens + last.generation_tokens
         return [
-            ("context", f"{output.count(context, 'token')} of {counts['max_model_len']:,}"),
+            ("context", f"{output.count(context, 'token')} of {self.llm.stats()['max_model_len']:,}"),
             ("state", f"{output.size(context * per_token + window)}: {state}"),
             ("reads", reads(config.index_topk_pattern, config.index_topk, last.prompt_tokens, last.generation_tokens)),
             ("prompt", f"{last.cached_tokens:,} of {output.count(last.prompt_tokens, 'token')} from the cache"),
@@ -185,6 +187,16 @@ class Conversation:
             ("cache hits", hits),
             ("peak memory", output.size(last.peak_memory)),
         ]
+
+
+def _path(argument: str) -> Path:
+    try:
+        path = Path(argument).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # such as a home that nobody has, or a zero character
+        raise RequestError(f"{argument} cannot be used: {getattr(error, 'strerror', None) or error}") from None
+    return path
 
 
 def _is_conversation(path: Path) -> bool:

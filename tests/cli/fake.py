@@ -31,8 +31,11 @@ CONFIG = ModelConfig(
 class FakeTokenizer:
     has_chat_template = True
 
+    def __init__(self, ends_prompt: str) -> None:
+        self.ends_prompt = ends_prompt
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + self.ends_prompt
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -46,16 +49,23 @@ class FakeTokenizer:
 class FakeLLM:
     """`say` are the pieces of every answer. A prompt that holds "refuse" is refused, "fail" fails.
 
-    It takes `prefill` steps of 2,000 tokens before an answer, each of them `delay` seconds, as is each piece.
+    It takes `prefill` steps of 2,000 tokens before an answer, each of them `delay` seconds, as is each piece. Its chat
+    template writes `ends_prompt` behind the messages.
     """
 
     backend, device, dtype = "fake", "cpu (pretended)", "float32"
     why = "fake on cpu (pretended) (it is the only one)"
     config = CONFIG
 
-    def __init__(self, say: Sequence[str] = ("Hello", " world"), delay: float = 0.0, prefill: int = 0) -> None:
+    def __init__(
+        self,
+        say: Sequence[str] = ("Hello", " world"),
+        delay: float = 0.0,
+        prefill: int = 0,
+        ends_prompt: str = "<assistant>",
+    ) -> None:
         self.say, self.delay, self.prefill = list(say), delay, prefill
-        self.tokenizer = FakeTokenizer()
+        self.tokenizer = FakeTokenizer(ends_prompt)
         self.asked: list[Any] = []
         self.params: list[SamplingParams] = []
         self.loaded_with: tuple[Any, ...] = ()
@@ -87,12 +97,7 @@ class FakeLLM:
         return self._pieces(10 * len(messages), params, progress)
 
     def stats(self) -> dict[str, int]:
-        return {
-            "max_model_len": self.config.max_position_embeddings,
-            "max_tokens_in_memory": 1 << 20,
-            "prompt_tokens": 40,
-            "prefix_tokens_hit": 7,
-        }
+        return {"max_model_len": self.config.max_position_embeddings, "max_tokens_in_memory": 1 << 20}
 
     def run(
         self, requests: Iterable[tuple[Any, Any, SamplingParams]], *, ordered: bool = False, salt: str = ""

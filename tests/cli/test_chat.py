@@ -42,9 +42,9 @@ def test_commands(run: Run, fake: FakeLLM) -> None:
 
 
 def test_what_the_conversation_takes(run: Run, fake: FakeLLM) -> None:
-    result = run("chat", stdin="/stats\none\n/stats\n")
-    assert (result.exit_code, result.stdout) == (0, "Hello world\n")
-    before, after = result.stderr.split("[50.0 tokens/s", 1)
+    result = run("chat", stdin="/stats\nzero\n/reset\none\n/stats\n")
+    assert (result.exit_code, result.stdout) == (0, "Hello world\n" * 2)
+    before, _, after = result.stderr.split("[50.0 tokens/s")
     assert "no answer yet" in before and "160 bytes per token" in before
     rows = {line.split("  ")[0]: " ".join(line.split()) for line in after.splitlines()}
     assert rows["context"] == "context 12 tokens of 512"
@@ -52,7 +52,7 @@ def test_what_the_conversation_takes(run: Run, fake: FakeLLM) -> None:
     assert rows["reads"].startswith("reads the last step read 8 of the 11 tokens it saw, in 2 layers")
     assert rows["prompt"] == "prompt 4 of 10 tokens from the cache"
     assert rows["answer"] == "answer 2 tokens, 50.0 tokens/s"
-    assert rows["cache hits"] == "cache hits 7 of 40 prompt tokens so far"
+    assert rows["cache hits"] == "cache hits 8 of 20 prompt tokens in all turns"
     assert rows["peak memory"] == "peak memory 12.0 MB"
 
 
@@ -64,6 +64,9 @@ def test_what_the_conversation_takes(run: Run, fake: FakeLLM) -> None:
         ("/file", "/file needs a file"),
         ("/save out", "there is no answer to save yet"),
         ("/file /nowhere/x", "/nowhere/x cannot be read: No such file"),
+        ("/load ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be used: "),
+        ("/load x\0y", "cannot be used: embedded null byte"),
+        (f"/load {'x' * 300}", "cannot be used: File name too long"),
     ],
 )
 def test_a_command_that_is_refused_ends_a_pipe(run: Run, fake: FakeLLM, line: str, words: str) -> None:

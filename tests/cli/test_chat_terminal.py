@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import stat
@@ -213,6 +214,25 @@ def test_ctrl_c_stops_a_prompt(sit: Any) -> None:
     person.leave()
 
 
+def test_a_document_and_the_demo_model(sit: Any, home: Path) -> None:
+    (home / "module.py").write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n\n" for i in range(330)))
+    command = ["--file", str(home / "module.py"), "--cache-dir", str(home / "kept"), "--max-tokens", "8"]
+    shown: list[str] = []
+    bars: list[bool] = []
+    for _ in range(2):
+        person = sit("clsa", *command, "--backend", "cuda", "--device", "cpu")
+        person.type("def function_5\r")
+        person.wait_for("tokens/s")
+        person.leave()
+        shown.append(person.shown())
+        bars.append(b" tokens, time left" in person.raw)
+    first, second = shown
+    assert bars == [True, False]
+    assert "tokens processed in" in first and "kept in" in first and "read from" in second
+    answers = [re.search(r"> def function_5\n(.*?)\n\[", text, re.DOTALL) for text in shown]
+    assert answers[0] and answers[1] and answers[0][1] == answers[1][1]
+
+
 MARKDOWN = """\
 # Title
 
@@ -256,6 +276,13 @@ def test_plain_shows_what_the_model_said(sit: Any) -> None:
     person = sit("FakeLLM(['Some **bold** words\\n\\n- one'])", "--plain")
     person.type("one\r")
     person.wait_for("Some **bold** words\n\n- one")
+    person.leave()
+
+
+def test_a_model_that_only_continues_texts_is_shown_plain(sit: Any) -> None:
+    person = sit("FakeLLM(['    def __init__(self):\\n        pass'], ends_prompt='')")
+    person.type("class A:\r")
+    person.wait_for("\n    def __init__(self):\n        pass\n[50.0 tokens/s")
     person.leave()
 
 
