@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clsa import spec
+from clsa.config import MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import Ops
 from clsa_cuda.kernels import select as select_module
@@ -97,6 +98,23 @@ def test_causal_prefill(
     result = host(ops, got, dtype)
     assert not result[step.positions < 0].any(), "a padded query must get zeros"
     assert_close("dense_attention", dtype, result, want, (heads, kv_heads, head_dim))
+
+
+def test_memories_in_float8(ops: Ops, dtype: str) -> None:
+    """As the numbers they stand for, in attention and in scores."""
+    rng = np.random.default_rng(8)
+    step = layout(rng, [Chunk(30, 40), Chunk(0, 7)])
+    q, q_idx = (normal(rng, 47, *shape, dtype=dtype) for shape in ((4, 16), (16,)))
+    k, v = (normal(rng, step.num_rows, 2, 16, dtype=dtype) for _ in range(2))
+    k_idx, slots = normal(rng, step.num_rows, 16, dtype=dtype), np.arange(step.num_rows, dtype=np.int32)
+    outs, chosen = [], []
+    for o, attention, choose in ((ops, causal_prefill, select), (spec, spec.dense_attention, spec.select)):
+        memory = o.new_memory(step.num_rows, 2, 16, 16, dtype, MemoryDtypes("fp8", "fp8"))
+        memory = o.write_memory(memory, *(o.asarray(x) for x in (k, v, k_idx, slots)))
+        outs.append(attention(o.asarray(q), memory, step.queries(o)))
+        chosen.append(arrays(o, choose(o.asarray(q_idx), memory, step.queries(o), 20, 1)))
+    assert_close("dense_attention", dtype, host(ops, outs[0], dtype), np.asarray(outs[1]))
+    assert_equal("select", chosen[0][0], chosen[1][0])
 
 
 @pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=["small", "large"])

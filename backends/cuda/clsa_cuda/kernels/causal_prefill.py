@@ -21,6 +21,7 @@ from clsa_cuda.kernels.prefill import (
     query_tiles,
 )
 from clsa_cuda.kernels.tiles import limits, next_power_of_2
+from clsa_cuda.plain import FLOAT8
 
 
 @triton.jit
@@ -69,18 +70,18 @@ def _causal_kernel(
     for at in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
         row = page_rows(table, at, at + n, n >= 0, PAGE, BLOCK_N)
         if BLOCK_D == D:
-            k_tile = tl.load(k + row[:, None] * k_stride)
-            v_tile = tl.load(v + row[:, None] * v_stride)
+            k_tile = tl.load(k + row[:, None] * k_stride).to(q_tile.dtype)
+            v_tile = tl.load(v + row[:, None] * v_stride).to(q_tile.dtype)
         else:
-            k_tile = tl.load(k + row[:, None] * k_stride, mask=inside, other=0.0)
-            v_tile = tl.load(v + row[:, None] * v_stride, mask=inside, other=0.0)
+            k_tile = tl.load(k + row[:, None] * k_stride, mask=inside, other=0.0).to(q_tile.dtype)
+            v_tile = tl.load(v + row[:, None] * v_stride, mask=inside, other=0.0).to(q_tile.dtype)
         acc, total, highest = attend_block(q_tile, k_tile, v_tile, inside, acc, total, highest, scale, False)
     for at in tl.range(whole, last + 1, BLOCK_N, num_stages=STAGES):
         key = at + n
         row = page_rows(table, at, key, key <= last, PAGE, BLOCK_N)
         mask = (key <= last)[:, None] & inside
-        k_tile = tl.load(k + row[:, None] * k_stride, mask=mask, other=0.0)
-        v_tile = tl.load(v + row[:, None] * v_stride, mask=mask, other=0.0)
+        k_tile = tl.load(k + row[:, None] * k_stride, mask=mask, other=0.0).to(q_tile.dtype)
+        v_tile = tl.load(v + row[:, None] * v_stride, mask=mask, other=0.0).to(q_tile.dtype)
         visible = key[None, :] <= position[:, None]
         acc, total, highest = attend_block(q_tile, k_tile, v_tile, visible, acc, total, highest, scale, True)
 
@@ -93,11 +94,11 @@ def causal_prefill(q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTi
     """`Ops.dense_attention` of chunks: q [T, H, D] -> [T, H, D]; `tiles` is for measuring others.
 
     What a query sees follows from its position alone, so `context_lens` may be bounds, and positions of a sequence
-    may have gaps. Raises BackendError if the dtypes differ.
+    may have gaps; the memory may be E4M3. Raises BackendError if the dtypes differ otherwise.
     """
     num_tokens, num_heads, head_dim = q.shape
     kv_heads = memory.k.shape[1]
-    check_heads(q, {"the memory's k": memory.k, "the memory's v": memory.v})
+    check_heads(q, {"the memory's k": memory.k, "the memory's v": memory.v}, FLOAT8)
     table = queries.block_table
     assert queries.cu_seqlens[-1] == num_tokens and queries.positions.is_contiguous() and table.stride(1) == 1
     tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.errors import BackendError
+from clsa.ops import Queries
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
 
@@ -48,6 +49,11 @@ def prefill_tiles(head_dim: int, itemsize: int, device: Limits) -> PrefillTiles:
     return PrefillTiles(block_m, block_n, num_warps=8 if block_m == 128 else 4, num_stages=stages)
 
 
+def asks_many(queries: Queries) -> bool:
+    """Whether some sequence asks with more than one token."""
+    return any(stop - start > 1 for start, stop in itertools.pairwise(queries.cu_seqlens))
+
+
 @functools.lru_cache(maxsize=64)
 def query_tiles(cu_seqlens: tuple[int, ...], rows_per_token: int, block_m: int, device: torch.device) -> Tensor:
     """[n, 4] int32: sequence, first row of the tile in it, its first token in the step, its tokens.
@@ -63,10 +69,10 @@ def query_tiles(cu_seqlens: tuple[int, ...], rows_per_token: int, block_m: int, 
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def check_heads(q: Tensor, others: dict[str, Tensor]) -> None:
-    """That all are [.., heads, D] of one dtype, with the heads of a token side by side."""
+def check_heads(q: Tensor, others: dict[str, Tensor], *dtypes: torch.dtype) -> None:
+    """That all are [.., heads, D] with the heads of a token side by side; others of q's dtype or one of `dtypes`."""
     for name, x in others.items():
-        if x.dtype != q.dtype:
+        if x.dtype not in (q.dtype, *dtypes):
             raise BackendError(f"prefill attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
     for x in (q, *others.values()):
         assert x.numel() == 0 or (x.stride(2) == 1 and x.stride(1) in (q.shape[2], x.stride(0)))

@@ -12,6 +12,7 @@ from clsa.ops import Queries
 from clsa_cuda.kernels.pick import ABSENT, keys_of
 from clsa_cuda.kernels.prefill import load_tile, query_tiles
 from clsa_cuda.kernels.tiles import limits
+from clsa_cuda.plain import FLOAT8
 
 _PROGRAMS = 4  # of each multiprocessor, at least, if there are pages for them
 _LARGEST_DIM = 256
@@ -56,7 +57,7 @@ def _score_kernel(
     group = tl.arange(0, PAGE // GROUP)
     for page in tl.range(first, stop, num_stages=STAGES):
         row = tl.load(table + page).to(tl.int64) * PAGE + offset
-        k = tl.load(k_idx + row[:, None] * k_stride + d[None, :])
+        k = tl.load(k_idx + row[:, None] * k_stride + d[None, :]).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         i = page * PAGE + offset
         key = tl.where(i[None, :] <= last[:, None], keys_of(scores), ABSENT)
@@ -77,13 +78,13 @@ def score_many(
 ) -> tuple[Tensor, Tensor]:
     """`select.score_keys` for several queries of a sequence: keys [T, capacity] and maxima [T, capacity / group].
 
-    Args: q_idx [T, I], k_idx [N, I] of one dtype, I as `takes` says. `shape` (queries of a tile, warps, pipeline
-    depth) is for measuring others.
+    Args: q_idx [T, I], k_idx [N, I] of its dtype or E4M3, I as `takes` says. `shape` (queries of a tile, warps, stages)
+    is for measuring others.
     """
     num_queries, index_dim = q_idx.shape
     table = queries.block_table
     capacity = table.shape[1] * PAGE_SIZE
-    assert takes(index_dim) and q_idx.dtype == k_idx.dtype and queries.cu_seqlens[-1] == num_queries
+    assert takes(index_dim) and k_idx.dtype in (q_idx.dtype, FLOAT8) and queries.cu_seqlens[-1] == num_queries
     assert q_idx.stride(1) == k_idx.stride(1) == table.stride(1) == 1 and queries.positions.is_contiguous()
     block_m, num_warps, num_stages = shape or ((16, 4, 1) if q_idx.itemsize == 4 else (128, 8, 3))
     tiles = query_tiles(queries.cu_seqlens, 1, block_m, q_idx.device)

@@ -8,7 +8,6 @@ from them.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from clsa.errors import BackendError
 from clsa.ops import Memory, Queries, Selection
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.pick import ABSENT, keys_of, pick
+from clsa_cuda.kernels.prefill import asks_many
 from clsa_cuda.kernels.score_many import score_many, takes
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2, select_tiles
 
@@ -142,7 +142,7 @@ def select(
     if num_queries == 0:
         nothing = torch.empty(0, k, dtype=torch.int32, device=q_idx.device)
         return Selection(nothing, nothing, nothing.new_empty(0))
-    many = takes(q_idx.shape[1]) and any(b - a > 1 for a, b in pairwise(queries.cu_seqlens))
+    many = takes(q_idx.shape[1]) and asks_many(queries)
     parts = []
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
