@@ -8,12 +8,15 @@ from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import linear
+from clsa_cuda.kernels.prefill import asks_many
 from clsa_cuda.kernels.select import select
 from clsa_cuda.kernels.sliding_attention import attend_window, sliding_attention
+from clsa_cuda.kernels.sliding_prefill import sliding_prefill
 from clsa_cuda.kernels.tiles import MAX_SELECTED
 from clsa_cuda.kernels.write_memory import write_memory, write_window
 from clsa_cuda.ops import TorchOps
@@ -22,8 +25,7 @@ from clsa_cuda.ops import TorchOps
 class KernelOps(TorchOps):
     """Which op runs as a kernel follows from the kind of step alone, never from what the step holds.
 
-    The plain torch ops remain for dense and sliding attention of prefill, for a selection of blocks, and for an
-    index_topk above `MAX_SELECTED`.
+    The plain torch ops remain for a selection of blocks, and for an index_topk above `MAX_SELECTED`.
     """
 
     linears = staticmethod(linears)
@@ -52,11 +54,10 @@ class KernelOps(TorchOps):
         return select(q_idx, memory, queries, k, block_size)
 
     def dense_attention(self, q: Tensor, memory: Memory, queries: Queries) -> Tensor:
-        run = dense_attention if queries.one_each else TorchOps.dense_attention
-        return run(q, memory, queries)
+        return (causal_prefill if asks_many(queries) else dense_attention)(q, memory, queries)
 
     def sliding_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window, queries: Queries) -> Tensor:
-        run = sliding_attention if queries.one_each else TorchOps.sliding_attention
+        run = sliding_attention if queries.one_each else sliding_prefill
         return run(q, k, v, window, queries)
 
     def attend_window(
