@@ -133,10 +133,18 @@ def _positioned(ops: Ops, c: ModelConfig, x: Array, norm: Array, queries: Querie
 
 def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, o: Array) -> _Rows:
     """Output projection and feed-forward of a pre-norm residual block: o [T, H, D]."""
-    x = ops.add_linear(rows.x, o.reshape(o.shape[0], -1), weights["self_attn"]["o_proj"])
     mlp = weights["mlp"]
-    h = ops.norm_swiglu(x, weights["post_attention_layernorm"], c.rms_norm_eps, mlp["gate_proj"], mlp["up_proj"])
-    return _Rows(ops.add_linear(x, h, mlp["down_proj"]), rows.queries, rows.selection)
+    x = ops.close_layer(
+        rows.x,
+        o.reshape(o.shape[0], -1),
+        weights["self_attn"]["o_proj"],
+        weights["post_attention_layernorm"],
+        c.rms_norm_eps,
+        mlp["gate_proj"],
+        mlp["up_proj"],
+        mlp["down_proj"],
+    )
+    return _Rows(x, rows.queries, rows.selection)
 
 
 def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, stored: MemoryDtypes = MODEL_DTYPE) -> State:

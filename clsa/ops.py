@@ -306,6 +306,13 @@ class Ops(Protocol):
         """How a block ends: x + linear(y, weight), rounded to x's dtype once or, between the two, twice."""
         ...
 
+    def close_layer(
+        self, x: Array, o: Array, o_proj: Weight, norm: Array, eps: float, gate: Weight, up: Weight, down: Weight
+    ) -> Array:
+        """How a layer ends, of what was attended o [T, H * D]: x = add_linear(x, o, o_proj), and then
+        add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)."""
+        ...
+
     def norm_rope(self, x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
         """QK norm and positions of a projection: [T, H, D], [D], [T] -> [T, H, D].
 

@@ -152,6 +152,13 @@ def add_linear(x: Array, y: Array, weight: Weight) -> Array:
     return x + linear(y, weight)
 
 
+def close_layer(
+    x: Array, o: Array, o_proj: Weight, norm: Array, eps: float, gate: Weight, up: Weight, down: Weight
+) -> Array:
+    x = add_linear(x, o, o_proj)
+    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)
+
+
 def norm_rope(x: Array, weight: Array, eps: float, positions: Array, theta: float) -> Array:
     return rope(rms_norm(x, weight, eps), positions, theta)
 

@@ -108,6 +108,11 @@ def add_linear(x: Box, y: Box, weight: Box) -> Box:
     return x + linear(y, weight)
 
 
+def close_layer(x: Box, o: Box, o_proj: Box, norm: Box, eps: float, gate: Box, up: Box, down: Box) -> Box:
+    x = add_linear(x, o, o_proj)
+    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)
+
+
 def norm_rope(x: Box, weight: Box, eps: float, positions: Box, theta: float) -> Box:
     return rope(rms_norm(x, weight, eps), positions, theta)
 

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from clsa import spec
+from clsa_cuda import plain
 from clsa_cuda.kernels import fused, linear
 from clsa_cuda.kernels.blocks import linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.close_layer import LayerTiles, close_layer
+from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
+from clsa_cuda.kernels.tiles import Limits
 from tests.cuda.conftest import DEVICE
 from tests.tolerance import assert_close
 
@@ -83,8 +87,9 @@ def test_linears_move_the_weights_once_and_change_nothing() -> None:
         assert (places == [weight.data_ptr() for weight in weights]) == (call > 0)
 
 
-def tiles(splits: int) -> linear.LinearTiles:
-    return linear.LinearTiles(32, 128, splits, num_warps=4, num_stages=3)
+def tiles(splits: int, rows: int = 20) -> ProductTiles:
+    """Rows of no power of two: the last of a tile's block stay empty."""
+    return ProductTiles(rows, 128, splits, num_stages=3, prefetch=2)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,54 @@ def test_product(rows: int, out_size: int, in_size: int, splits: int) -> None:
         assert_close("norm_swiglu", dtype, wide(got), spec.swiglu(gate, up), case)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_close_layer(rows: int, splits: int) -> None:
+    """Fewer programs than tiles, and more; every kind of result is written whole."""
+    rng = np.random.default_rng(0)
+    dtype = "bfloat16" if DEVICE != "cpu" else "float16"
+    hidden, attended, inner = 111, 200, 260
+    x, o = array(rng, dtype, rows, hidden), array(rng, dtype, rows, attended)
+    shapes = ((hidden, attended), (2 * inner, hidden), (hidden, inner))
+    w_o, w_gate_up, w_down = (array(rng, dtype, *shape) * shape[1] ** -0.5 for shape in shapes)
+    norm = array(rng, dtype, hidden)
+    want = spec.close_layer(
+        *(wide(y) for y in (x, o, w_o, norm)), 1e-6, *wide(w_gate_up).reshape(2, inner, hidden), wide(w_down)
+    )
+    for programs in (2, 16):
+        t = LayerTiles(tiles(splits), tiles(splits, 50), tiles(splits), programs, num_warps=4)
+        got = close_layer(part(x), part(o), w_o, norm, 1e-6, w_gate_up, w_down, t)
+        assert_close("close_layer", dtype, wide(got), want, (rows, splits, programs))
+
+
+@pytest.mark.parametrize("rows, splits", [(1, 1), (5, 2)])
+def test_products_of_float8_weights(rows: int, splits: int) -> None:
+    """A value times the scale of its output is what is multiplied; close to the specification's rounding of both."""
+    rng = np.random.default_rng(0)
+    dtype = "bfloat16" if DEVICE != "cpu" else "float16"
+    x, norm = array(rng, dtype, rows, 256), array(rng, dtype, 256)
+    weight = plain.float8_weight(array(rng, dtype, 90, 256) / 16)
+    want = spec.norm_linears(wide(x), wide(norm), 1e-6, [wide(plain.dense(weight, torch.float32))])[0]
+    got = linear.product(x, weight, norm=norm, eps=1e-6, tiles=tiles(splits))
+    assert_close("norm_linears", dtype, wide(got), want, rows)
+    gated = linear.product(x, weight, norm=norm, eps=1e-6, swiglu=True, tiles=tiles(splits))
+    assert_close("norm_swiglu", dtype, wide(gated), spec.swiglu(want[:, :45], want[:, 45:]), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+@pytest.mark.parametrize(
+    "out_size, in_size, swiglu", [(3584, 2560, False), (7680, 2560, True), (2560, 7680, False), (10, 16, True)]
+)
+def test_tiles_fill_their_waves(rows: int, out_size: int, in_size: int, swiglu: bool) -> None:
+    device = Limits(132, 227 << 10)
+    t = product_tiles(rows, out_size, in_size, swiglu, device)
+    waves = -(-t.units(out_size) // device.sm_count)
+    assert t.units(out_size) >= 0.9 * waves * device.sm_count or out_size < device.sm_count
+    assert t.rows <= t.block_n <= 64
+    stage = t.block_k * 2 * (t.block_n * (2 if swiglu else 1) + max(16, rows))
+    assert t.num_stages >= 2 and t.num_stages * stage <= device.shared_memory
+
+
 def test_large_rows_in_float16() -> None:
     """What is multiplied is normed before it is rounded: x times the norm's weight would be infinite."""
     rng = np.random.default_rng(0)
@@ -126,7 +179,7 @@ def test_large_rows_in_float16() -> None:
 
 def test_linear_of_many_rows_or_float32_is_left_to_torch() -> None:
     rng = np.random.default_rng(0)
-    for dtype, rows in (("float32", 3), ("float16", linear.MAX_ROWS + 1)):
+    for dtype, rows in (("float32", 3), ("float16", MAX_ROWS + 1)):
         x, weight = array(rng, dtype, rows, 64), array(rng, dtype, 32, 64)
         assert not linear.takes(x, weight)
         assert_close("linear", dtype, wide(linear.linear(x, weight)), wide(x) @ wide(weight).T, dtype)

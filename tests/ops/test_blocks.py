@@ -46,6 +46,27 @@ def test_add_linear(ops: Ops, dtype: str, shape: tuple[int, int]) -> None:
     assert_close("add_linear", dtype, host(ops, got, dtype), want, shape)
 
 
+@pytest.mark.parametrize("rows, hidden, attended, inner", [(1, 64, 64, 96), (5, 111, 70, 40), (33, 320, 640, 560)])
+def test_close_layer(ops: Ops, dtype: str, rows: int, hidden: int, attended: int, inner: int) -> None:
+    rng = np.random.default_rng(0)
+    x, o = normal(rng, rows, hidden, dtype=dtype), normal(rng, rows, attended, dtype=dtype)
+    shapes = {"o_proj": (hidden, attended), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    w = {name: normal(rng, *shape, dtype=dtype, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
+    norm = normal(rng, hidden, dtype=dtype)
+    for _ in range(2):  # a backend may prepare the weights in the first call
+        got, want = (
+            o_.close_layer(
+                o_.asarray(x),
+                o_.asarray(o),
+                norm=o_.asarray(norm),
+                eps=1e-6,
+                **{name: o_.asarray(weight) for name, weight in w.items()},
+            )
+            for o_ in (ops, spec)
+        )
+        assert_close("close_layer", dtype, host(ops, got, dtype), want, (rows, hidden))
+
+
 def test_a_row_without_numbers_stays_alone(ops: Ops, dtype: str) -> None:
     """A padded row may hold anything; the rows beside it must not notice."""
     rng = np.random.default_rng(0)

@@ -145,6 +145,20 @@ class TorchOps:
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
         return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
 
+    def close_layer(
+        self,
+        x: Tensor,
+        o: Tensor,
+        o_proj: Weight,
+        norm: Tensor,
+        eps: float,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+    ) -> Tensor:
+        x = self.add_linear(x, o, o_proj)
+        return self.add_linear(x, self.norm_swiglu(x, norm, eps, gate, up), down)
+
     def attend_window(
         self,
         q: Tensor,

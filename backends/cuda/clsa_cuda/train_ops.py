@@ -240,6 +240,20 @@ class TrainOps:
         out = out.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)  # [B, blocks * W, H, D]
         return out[:, :length].flatten(0, 1)
 
+    def close_layer(
+        self,
+        x: Tensor,
+        o: Tensor,
+        o_proj: Weight,
+        norm: Tensor,
+        eps: float,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+    ) -> Tensor:
+        x = self.add_linear(x, o, o_proj)
+        return self.add_linear(x, self.norm_swiglu(x, norm, eps, gate, up), down)
+
     def attend_window(
         self,
         q: Tensor,

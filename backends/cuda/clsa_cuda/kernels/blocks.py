@@ -1,4 +1,4 @@
-"""The blocks of a layer, few rows at a time: one launch where the plain ops take three or four."""
+"""The blocks of a layer, few rows at a time: one launch where the plain ops take three or more."""
 
 from __future__ import annotations
 
@@ -7,64 +7,86 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clsa.ops import Float8Weight, Weight
+from clsa_cuda import plain
+from clsa_cuda.kernels.close_layer import close_layer as launch_close_layer
 from clsa_cuda.kernels.fused import rms_norm, swiglu
 from clsa_cuda.kernels.linear import linear, product, takes, takes_norm
 
 
-def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
     """`Ops.linears`: one product. The outputs are views of one array, so their rows are further apart than long."""
-    if len(weights) == 1:
-        return (linear(x, weights[0]),)
     return _split(linear(x, joined(weights)), weights)
 
 
-def norm_linears(x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def norm_linears(x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
     """`Ops.norm_linears`; views as those of `linears`."""
     weight = joined(weights)
     if not takes_norm(x, weight):
-        return linears(rms_norm(x, norm, eps), weights)
+        return _split(linear(rms_norm(x, norm, eps), weight), weights)
     return _split(product(x, weight, norm=norm, eps=eps), weights)
 
 
-def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
     """`Ops.norm_swiglu`."""
     weight = joined((gate, up))
     if takes_norm(x, weight):
         return product(x, weight, norm=norm, eps=eps, swiglu=True)
     h = rms_norm(x, norm, eps)
-    return product(h, weight, swiglu=True) if takes(h, weight) else swiglu(*linears(h, (gate, up)))
+    return product(h, weight, swiglu=True) if takes(h, weight) else swiglu(*_split(linear(h, weight), (gate, up)))
 
 
-def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
     """`Ops.add_linear`."""
-    return product(y, weight, residual=x) if takes(y, weight) else torch.addmm(x, y, weight.T)
+    return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight)
 
 
-def _split(out: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (out,) if len(weights) == 1 else out.split([weight.shape[0] for weight in weights], dim=-1)
+def close_layer(
+    x: Tensor, o: Tensor, o_proj: Weight, norm: Tensor, eps: float, gate: Weight, up: Weight, down: Weight
+) -> Tensor:
+    """`Ops.close_layer`."""
+    if takes_norm(x, o_proj) and takes(o, o_proj):
+        return launch_close_layer(x, o, o_proj, norm, eps, joined((gate, up)), down)
+    x = add_linear(x, o, o_proj)
+    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)
 
 
-def joined(weights: Sequence[Tensor]) -> Tensor:
+def _split(out: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+    return (out,) if len(weights) == 1 else out.split([_values(weight).shape[0] for weight in weights], dim=-1)
+
+
+def _values(weight: Weight) -> Tensor:
+    return weight.values if isinstance(weight, Float8Weight) else weight
+
+
+def joined(weights: Sequence[Weight]) -> Weight:
     """Matrices of the same inputs as one, [sum of out, in].
 
     The first call moves them behind each other in memory; they stay the same tensors with the same values.
     """
-    first = weights[0]
     if len(weights) == 1:
-        return first
-    rows = sum(weight.shape[0] for weight in weights)
-    if not _are_neighbours(weights):
-        together = torch.cat(list(weights))
-        for weight, part in zip(weights, together.split([w.shape[0] for w in weights]), strict=True):
-            weight.set_(part)
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+        return weights[0]
+    if isinstance(weights[0], Float8Weight):
+        return Float8Weight(_together([w.values for w in weights]), _together([w.scales for w in weights]))
+    return _together(weights)
 
 
-def _are_neighbours(weights: Sequence[Tensor]) -> bool:
-    end = weights[0].data_ptr()
-    storage = weights[0].untyped_storage().data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0]
+    sizes = [part.shape[0] for part in parts]
+    if not _are_neighbours(parts):
+        # Bytes are what is moved: torch does not join 8-bit floats everywhere.
+        together = torch.cat([part.view(torch.uint8) for part in parts]).view(first.dtype)
+        for part, place in zip(parts, together.split(sizes), strict=True):
+            part.set_(place)
+    return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
+
+
+def _are_neighbours(parts: Sequence[Tensor]) -> bool:
+    end = parts[0].data_ptr()
+    storage = parts[0].untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
             return False
-        end += weight.nbytes
+        end += part.nbytes
     return True

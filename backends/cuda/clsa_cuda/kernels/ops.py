@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
-from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.blocks import add_linear, close_layer, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
@@ -28,22 +26,17 @@ class KernelOps(TorchOps):
     The plain torch ops remain for a selection of blocks, and for an index_topk above `MAX_SELECTED`.
     """
 
+    linear = staticmethod(linear)
     linears = staticmethod(linears)
     add_linear = staticmethod(add_linear)
+    norm_linears = staticmethod(norm_linears)
+    norm_swiglu = staticmethod(norm_swiglu)
+    close_layer = staticmethod(close_layer)
     rms_norm = staticmethod(rms_norm)
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
     write_memory = staticmethod(write_memory)
     write_window = staticmethod(write_window)
-
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return norm_linears(x, norm, eps, weights)
-
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
-        return norm_swiglu(x, norm, eps, gate, up)
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x, weight)
 
     def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
         return gather_attention(q, memory, selection)

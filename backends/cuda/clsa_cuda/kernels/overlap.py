@@ -26,6 +26,27 @@ def arrival_counters(device: torch.device) -> Tensor:
     return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
+@functools.cache
+def meeting_counter(device: torch.device, num_programs: int) -> Tensor:
+    """[1] int64 that counts the arrivals at all meetings of launches of so many programs, of one stream."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+@triton.jit
+def meet(counter):
+    """Wait until all programs of this launch are here; what they wrote before can be read after it.
+
+    All of them must be on the GPU at once, and every launch that uses the counter has as many.
+    """
+    tl.debug_barrier()  # all of this program's stores come before its arrival
+    programs = tl.num_programs(0).to(tl.int64)
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    target = (before // programs + 1) * programs
+    while tl.atomic_add(counter, 0, sem="acquire") < target:
+        pass
+    tl.debug_barrier()
+
+
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
     """Until everything in front of this kernel is done; from here on the next kernel may get going.

@@ -1,0 +1,271 @@
+"""Products of few rows inside a kernel: the weights stream through once, with what comes before and after them.
+
+With at most 64 rows a product reads far more than it computes, so what counts is bytes in flight, from the first
+microsecond to the last: one wave of programs shares the outputs evenly, each with several tiles of K on their way. The
+weights take the long side of the tensor-core tile and the rows of x the short one. K is split where the rows of x that
+every program reads would weigh as much as its weights; the program that arrives last sums the parts in their order, so
+the result does not depend on timing, nor on how many other rows there are.
+
+In front of the product the rows may be normed: each program sums the squares of what it reads anyway, and scales its
+sums at the end. Behind it come silu(gate) * up, where a tile has rows of both matrices, or the residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from clsa_cuda.kernels.overlap import prefetch
+from clsa_cuda.kernels.tiles import Limits, next_power_of_2
+
+MAX_ROWS = 64
+_MAX_BLOCK = 64  # outputs of a tile
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiles:
+    """How a product is cut: `rows` outputs by a part of K for each of `units(out_size)` pieces of work."""
+
+    rows: int  # outputs of a tile; its block is the next power of two
+    block_k: int
+    splits: int  # parts of K
+    num_stages: int  # tiles of weights in flight
+    prefetch: int  # tiles of weights that are asked for before their time has come
+
+    @property
+    def block_n(self) -> int:
+        return max(16, next_power_of_2(self.rows))
+
+    def units(self, out_size: int) -> int:
+        return triton.cdiv(out_size, self.rows) * self.splits
+
+    def scratch(self, out_size: int, block_m: int, swiglu: bool) -> int:
+        """Floats that the parts of K need: sums, and squares of the norm."""
+        parts = self.units(out_size) * block_m
+        return 0 if self.splits == 1 else parts * (self.block_n * (2 if swiglu else 1) + 1)
+
+
+def product_tiles(
+    num_rows: int, out_size: int, in_size: int, swiglu: bool, device: Limits, block_k: int = 256
+) -> ProductTiles:
+    """A tile for every multiprocessor, or several where one would be too large (docs/log.md)."""
+    splits = 1 if num_rows <= 16 or swiglu else 4
+    while splits > 1 and in_size // splits < 2 * block_k:
+        splits //= 2
+    rows = triton.cdiv(out_size * splits, device.sm_count)
+    rows = triton.cdiv(rows, triton.cdiv(rows, _MAX_BLOCK))
+    block_k = min(block_k, next_power_of_2(in_size))
+    stage = max(16, next_power_of_2(rows)) * block_k * 2 * (2 if swiglu else 1)
+    stage += max(16, next_power_of_2(num_rows)) * block_k * 2
+    stages = max(2, min(6, (device.shared_memory * 3 // 4) // stage))
+    return ProductTiles(max(1, rows), block_k, splits, stages, prefetch=stages)
+
+
+@triton.jit
+def _ask(rows, live, start, K, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
+    """Prefetch BLOCKS blocks of K from `start` of rows [BLOCK_N, 1]: 128 bytes a line."""
+    PER_LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    line = tl.arange(0, BLOCK_K // PER_LINE) * PER_LINE
+    for ahead in tl.static_range(BLOCKS):
+        k = tl.minimum(start + ahead * BLOCK_K + line, K - 1)
+        prefetch(rows + tl.where(live[:, None], k[None, :], 0))
+
+
+@triton.jit
+def ask_for_weights(
+    unit,
+    w,
+    N,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """Prefetch the first weights of a piece of `product`."""
+    i = tl.arange(0, BLOCK_N)
+    n = unit // SPLITS * ROWS + i
+    live = (i < ROWS) & (n < N)
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    start = unit % SPLITS * ((BLOCKS + SPLITS - 1) // SPLITS) * BLOCK_K
+    rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
+    _ask(rows, live, start, K, BLOCK_K, PREFETCH)
+    if SWIGLU:
+        _ask(rows + tl.cast(N, tl.int64) * K, live, start, K, BLOCK_K, PREFETCH)
+
+
+@triton.jit
+def _sums(
+    x_rows,
+    m,
+    M,
+    norm,
+    w_rows,
+    up_rows,
+    live,
+    first,
+    stop,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_M] twice, [BLOCK_M]: the products with w and up, and the squares of x, over some blocks of K."""
+    i = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    square = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    for block in tl.range(first, stop, num_stages=STAGES):
+        k = block * BLOCK_K + i
+        mask = live[:, None] & (k < K)[None, :]
+        x_tile = tl.load(x_rows + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        w_tile = tl.load(w_rows + k[None, :], mask=mask, other=0.0)
+        if NORM:
+            wide = x_tile.to(tl.float32)
+            square += wide * wide
+            x_tile = (wide * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[:, None]).to(x_tile.dtype)
+        acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc)
+        if SWIGLU:
+            up_tile = tl.load(up_rows + k[None, :], mask=mask, other=0.0)
+            up_acc = tl.dot(up_tile.to(x_tile.dtype), x_tile, up_acc)
+    return acc, up_acc, tl.sum(square, axis=0)
+
+
+@triton.jit
+def _store(
+    acc,
+    up,
+    square,
+    scales,
+    residual,
+    out,
+    n,
+    live,
+    m,
+    M,
+    N,
+    residual_stride,
+    eps,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """From sums to outputs: the scales of the weights and of the norm, the feed-forward's gate, the residual."""
+    if SCALED:
+        acc = acc * tl.load(scales + n, mask=live, other=0.0)[:, None]
+        if SWIGLU:
+            up = up * tl.load(scales + N + n, mask=live, other=0.0)[:, None]
+    if NORM:
+        scale = 1.0 / tl.sqrt(square / K + eps)
+        acc = acc * scale[None, :]
+        up = up * scale[None, :]
+    if SWIGLU:
+        acc = acc / (1.0 + tl.exp(-acc)) * up
+    mask = live[:, None] & (m < M)[None, :]
+    rows = m.to(tl.int64)[None, :]
+    if ADD:
+        acc += tl.load(residual + rows * residual_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows * N + n[:, None], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(
+    unit,  # which piece: tile * SPLITS + split
+    x,  # [M, K], rows x_stride apart
+    w,  # [N, K], with SWIGLU [2 N, K]: all rows of gate, then all rows of up
+    scales,  # [N] or [2 N] float32, SCALED only: of 8-bit rows
+    norm,  # [K], NORM only
+    residual,  # [M, N], rows residual_stride apart, ADD only
+    out,  # [M, N]
+    partial,  # float32 scratch: see ProductTiles.scratch
+    arrived,  # [N / ROWS] int32, zeros before and after
+    M,
+    N,
+    x_stride,
+    residual_stride,
+    eps,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """ROWS outputs of all rows of x, over a part of K."""
+    tile = unit // SPLITS
+    split = unit % SPLITS
+    i = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    n = tile * ROWS + i
+    live = (i < ROWS) & (n < N)
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    first = split * PER_SPLIT
+    stop = tl.minimum(first + PER_SPLIT, BLOCKS)
+    w_rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
+    up_rows = w_rows + tl.cast(N, tl.int64) * K
+    x_rows = x + m.to(tl.int64)[None, :] * x_stride
+    acc, up, square = _sums(
+        x_rows, m, M, norm, w_rows, up_rows, live, first, stop, K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, NORM, SWIGLU
+    )
+    if SPLITS == 1:
+        _store(
+            acc, up, square, scales, residual, out, n, live, m, M, N, residual_stride, eps, K, SCALED, NORM, SWIGLU, ADD
+        )
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        SUMS: tl.constexpr = 2 * SIZE if SWIGLU else SIZE
+        WIDTH: tl.constexpr = SUMS + BLOCK_M  # of a part: sums, and the squares behind them
+        inside = i[:, None] * BLOCK_M + m[None, :]
+        mine = partial + tile.to(tl.int64) * (SPLITS * WIDTH)
+        tl.store(mine + split * WIDTH + inside, acc)
+        if SWIGLU:
+            tl.store(mine + split * WIDTH + SIZE + inside, up)
+        if NORM:
+            tl.store(mine + split * WIDTH + SUMS + m, square)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            square = tl.zeros([BLOCK_M], tl.float32)
+            for s in tl.static_range(SPLITS):  # .cg: from L2, where the other programs' stores are
+                acc += tl.load(mine + s * WIDTH + inside, cache_modifier=".cg")
+                if SWIGLU:
+                    up += tl.load(mine + s * WIDTH + SIZE + inside, cache_modifier=".cg")
+                if NORM:
+                    square += tl.load(mine + s * WIDTH + SUMS + m, cache_modifier=".cg")
+            _store(
+                acc,
+                up,
+                square,
+                scales,
+                residual,
+                out,
+                n,
+                live,
+                m,
+                M,
+                N,
+                residual_stride,
+                eps,
+                K,
+                SCALED,
+                NORM,
+                SWIGLU,
+                ADD,
+            )
+            tl.store(arrived + tile, 0)
