@@ -27,8 +27,8 @@ struct Attention {
   }
 
   // N rows, whose elements begin at these places of the buffers. All lanes of the simdgroup take part.
-  template <int N>
-  METAL_FUNC void see(const device T* keys, const device T* values, const thread size_t* at) {
+  template <int N, typename KV>
+  METAL_FUNC void see(const device KV* keys, const device KV* values, const thread size_t* at) {
     float k[N][E], v[N][E];
     for (int n = 0; n < N; ++n) {
       for (int i = 0; i < E; ++i) k[n][i] = v[n][i] = 0.0f;

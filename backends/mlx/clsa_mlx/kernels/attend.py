@@ -16,8 +16,9 @@ _FEWEST_ROWS = 128  # of a part: with less, putting parts together costs more th
 
 
 def has_kernel(q: mx.array, keys: mx.array) -> bool:
-    """Whether the attention kernels take queries [T, H, D] over keys [N, G, D]: one dtype, D a multiple of 8 to 256."""
-    return q.dtype == keys.dtype and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether the attention kernels take queries [T, H, D] over keys [N, G, D]: D a multiple of 8 to 256, keys of the
+    dtype of the queries or E4M3."""
+    return keys.dtype in (q.dtype, mx.uint8) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 @dataclass(frozen=True)

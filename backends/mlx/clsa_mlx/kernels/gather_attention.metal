@@ -1,6 +1,6 @@
 // A part of the selection of one query, for up to HEADS query heads of one KV head.
 //
-// query [T, H, D], keys and values [N, G, D], rows [T, K], lengths [T], scale; out [T, H, parts, D],
+// query [T, H, D], keys and values [N, G, D], of its dtype or E4M3, rows [T, K], lengths [T], scale; out [T, H, parts, D],
 // stats [T, H, parts, 2]. Grid: parts, blocks of heads, queries.
 threadgroup float tops[THREADS / 32 * HEADS], totals[THREADS / 32 * HEADS], shares[THREADS / 32 * D];
 
