@@ -38,6 +38,6 @@ clean:
 
 .venv/.test: $(SETUP)
 	@scripts/venv.sh
-	@echo "clsa: installing clsa[mlx,train,dev] and torch into .venv (a few minutes)" >&2
-	@$(PIP) -e '.[mlx,train,dev]' torch==2.13.0
+	@echo "clsa: installing clsa[mlx,train,bench,dev] and torch into .venv (a few minutes)" >&2
+	@$(PIP) -e '.[mlx,train,bench,dev]' torch==2.13.0
 	@touch $@ .venv/.demo

@@ -27,6 +27,9 @@ bench = typer.Typer(
 )
 
 Output = Annotated[Path | None, typer.Option(help="Also write the result to this file.", rich_help_panel=_HOW)]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Also draw the result to this .svg, .png or .pdf.", rich_help_panel=_HOW)
+]
 
 
 def _settings(
@@ -76,16 +79,20 @@ def _command(function: Callable[..., Report]) -> Callable[..., Report]:
     own = {name: parameter for name, parameter in inspect.signature(function).parameters.items() if name != "made"}
 
     @functools.wraps(function)
-    def command(*, output: Path | None, **given: Any) -> None:
-        made = _settings(**{name: given.pop(name) for name in shared})
-        finish(function(made, **given), output)
+    def command(*, output: Path | None, picture: Path | None, **given: Any) -> None:
+        from clsa.bench.plots import check_plot
 
-    where = inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared.values())] + [where]
+        if picture is not None:
+            check_plot(picture)
+        made = _settings(**{name: given.pop(name) for name in shared})
+        finish(function(made, **given), output, picture)
+
+    where = [inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=None) for x in ("output", "picture")]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared.values())] + where
     hints = get_type_hints(function, _names(), include_extras=True) | get_type_hints(
         _settings, _names(), include_extras=True
     )
-    hints |= {"output": Output, "return": None}
+    hints |= {"output": Output, "picture": Plot, "return": None}
     hints.pop("made", None)
     command.__annotations__ = hints
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -186,6 +193,19 @@ def capacity(
     return bench_capacity(made, check_int("--max-batch", max_batch, 1, 4096, RequestError))
 
 
+@bench.command("plot")
+def plot(
+    result: Annotated[Path, typer.Argument(help="A file that --output of a command here wrote.", show_default=False)],
+    picture: Annotated[Path, typer.Option("--plot", help="The .svg, .png or .pdf to draw.", show_default=False)],
+) -> None:
+    """Draw a result file: bars of throughput, stacked latency, or a roofline."""
+    from clsa.bench.plots import check_plot, draw, read_result
+
+    check_plot(picture)
+    draw(read_result(result), picture)
+    output.note(f"drew {picture}")
+
+
 @bench.command("scheduler")
 def scheduler(
     running: Annotated[int, typer.Option(help="Requests that run.")] = 32,
@@ -196,11 +216,12 @@ def scheduler(
     """What a step costs the host before any array is made."""
     from clsa.bench.scheduler import bench_scheduler
 
-    finish(bench_scheduler(running, waiting, steps), output)
+    finish(bench_scheduler(running, waiting, steps), output, None)
 
 
-def finish(report: Report, path: Path | None) -> None:
-    """Print the table and the JSON line, write the file. Exit code 1 if a result was wrong."""
+def finish(report: Report, path: Path | None, picture: Path | None) -> None:
+    """Print the table and the JSON line, write the file, draw. Exit code 1 if a result was wrong."""
+    from clsa.bench.plots import draw
     from clsa.bench.report import result
 
     content = result(report, ["clsa", *sys.argv[1:]])
@@ -215,6 +236,8 @@ def finish(report: Report, path: Path | None) -> None:
     if report.wrong:
         output.error(f"{output.count(report.wrong, 'result')} did not agree with the specification")
         raise typer.Exit(1)
+    if picture is not None:
+        draw(content, picture)
 
 
 def _show(report: Report) -> None:

@@ -64,6 +64,7 @@ class Bench:
         self.ops: Ops = load_backend(settings.backend, settings.device)[0]
         default = "float32" if self.ops.device.startswith("cpu") else "bfloat16"
         self.dtype = settings.dtype or default
+        self.checked: dict[tuple[object, ...], str | None] = {}  # what was checked -> what is wrong with it
         self.stopwatch = Stopwatch(self.ops, device_timer(self.ops), settings.seconds)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,11 +26,17 @@ MEMORY_SHARE = 0.8  # of what is free beside the weights that state may take; th
 _PROMPT_TOKENS = 250  # different ones: small integers cost no memory, however long the prompts
 
 
+def free_bytes(ops: Ops) -> int:
+    """What is free once everything is let go that nobody uses: an engine whose steps are recorded refers to itself."""
+    gc.collect()
+    return ops.memory_stats()["free"]
+
+
 def fitting_pages(ops: Ops, config: ModelConfig, dtype: str, wanted: int, slots: int) -> int:
     """How many of the wanted pages fit beside the rings of `slots` sequences, with the weights already there."""
     plan = make_plan(config)
     page, rings = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, slots)
-    budget = int(MEMORY_SHARE * ops.memory_stats()["free"]) - rings
+    budget = int(MEMORY_SHARE * free_bytes(ops)) - rings
     return max(1, min(wanted, budget // page if page else wanted))
 
 

@@ -126,9 +126,30 @@ def op_bytes(op: str, config: ModelConfig, context: int, batch: int, itemsize: i
         "dense_attention": batch * context * kv_row + q_and_o,
         "sliding_attention": batch * min(context, c.sliding_window) * kv_row + q_and_o,
         "linear": (c.hidden_size * c.intermediate_size + batch * (c.hidden_size + c.intermediate_size)) * itemsize,
-        "mlp": (3 * c.hidden_size * c.intermediate_size + 2 * batch * c.hidden_size) * itemsize,
+        "close_layer": (_closing_parameters(c) + 2 * batch * c.hidden_size) * itemsize + q_and_o // 2,
         "lm_head": (c.hidden_size * c.vocab_size + batch * (c.hidden_size + c.vocab_size)) * itemsize,
         "sample": batch * c.vocab_size * 4,
         "sample_top_p": batch * c.vocab_size * 4,
     }
     return counted[op]
+
+
+def _closing_parameters(c: ModelConfig) -> int:
+    """Of a layer's output projection and feed-forward."""
+    return c.hidden_size * (c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
+
+
+def op_flops(op: str, config: ModelConfig, context: int, batch: int) -> int:
+    """Floating-point operations of one call of an op, two per multiply-add; 0 for what is no arithmetic to speak of."""
+    c = config
+    attended = 4 * batch * c.num_attention_heads * c.head_dim  # per row of K and V
+    per_op = {
+        "select": 2 * batch * context * c.index_head_dim,
+        "gather_attention": attended * min(context, c.index_topk),
+        "dense_attention": attended * context,
+        "sliding_attention": attended * min(context, c.sliding_window),
+        "linear": 2 * batch * c.hidden_size * c.intermediate_size,
+        "close_layer": 2 * batch * _closing_parameters(c),
+        "lm_head": 2 * batch * c.hidden_size * c.vocab_size,
+    }
+    return per_op.get(op, 0)

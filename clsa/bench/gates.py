@@ -18,31 +18,36 @@ SCORE_ERROR = 4e-6  # by which share of |q| |k| a score may differ from the exac
 Gate = Callable[[Any], str | None]  # what an op returned -> what is wrong with it
 
 
-def difference(got: np.ndarray, want: np.ndarray, dtype: str) -> str | None:
-    """None, or how far `got` is from `want` if that is more than rounding."""
+def difference(got: np.ndarray, want: np.ndarray, dtype: str, roundings: int = 1) -> str | None:
+    """None, or how far `got` is from `want` if that is more than rounding so many times over."""
     if got.shape != want.shape:
         return f"shape {got.shape}, wanted {want.shape}"
     scale = float(np.linalg.norm(want))
     error = float(np.linalg.norm(np.asarray(got, np.float64) - want)) / (scale if scale > 0 else 1.0)
-    return None if error <= LIMITS[dtype] else f"relative error {error:.2g}, at most {LIMITS[dtype]:g} is rounding"
+    limit = roundings * LIMITS[dtype]
+    return None if error <= limit else f"relative error {error:.2g}, at most {limit:g} is rounding"
 
 
-def sampled_rows(batch: int) -> list[int]:
-    """The sequences whose results are checked."""
-    return sorted({0, batch - 1})
+def sampled_rows(count: int) -> list[int]:
+    """The queries whose results are checked."""
+    return sorted({0, count - 1})
 
 
-def rows_of(queries: Queries, ops: Ops, sequence: int) -> np.ndarray:
-    """Physical rows of all visible positions of a sequence."""
-    table = ops.to_numpy(queries.block_table)[sequence]
-    positions = np.arange(queries.context_lens[sequence])
+def rows_of(queries: Queries, ops: Ops, query: int) -> np.ndarray:
+    """Physical rows of all positions that a query sees."""
+    table = ops.to_numpy(queries.block_table)[int(ops.to_numpy(queries.sequence)[query])]
+    positions = np.arange(int(ops.to_numpy(queries.positions)[query]) + 1)
     rows: np.ndarray = table[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     return rows
 
 
 def host_rows(ops: Ops, x: Array, rows: np.ndarray) -> np.ndarray:
     """Rows of a large array on the host, in float64."""
-    return ops.to_numpy(ops.take(x, ops.asarray(rows.astype(np.int32)))).astype(np.float64)
+    return _host(ops, x, rows).astype(np.float64)
+
+
+def _host(ops: Ops, x: Array, rows: np.ndarray) -> np.ndarray:
+    return ops.to_numpy(ops.take(x, ops.asarray(rows.astype(np.int32))))
 
 
 def select_gate(ops: Ops, q_idx: Array, memory: Memory, queries: Queries, k: int) -> Gate:
@@ -74,17 +79,17 @@ def select_gate(ops: Ops, q_idx: Array, memory: Memory, queries: Queries, k: int
 
 
 def attention_gate(ops: Ops, q: Array, memory: Memory, rows: Callable[[int], np.ndarray], dtype: str) -> Gate:
-    """Attention over `rows(sequence)`, for the first and the last head of some sequences."""
+    """Attention over `rows(query)`, for the first and the last head of some queries."""
 
     def gate(out: Array) -> str | None:
         asked, got = ops.to_numpy(q).astype(np.float64), ops.to_numpy(out)
         group = asked.shape[1] // memory.k.shape[1]
         for b in sampled_rows(len(asked)):
             seen = rows(b)
-            keys, values = (host_rows(ops, x, seen[seen >= 0]) for x in (memory.k, memory.v))
+            keys, values = (_host(ops, x, seen[seen >= 0]) for x in (memory.k, memory.v))
             for head in (0, asked.shape[1] - 1):
-                kv = slice(head // group, head // group + 1)
-                want = spec.attend(asked[b, head : head + 1], keys[:, kv], values[:, kv])
+                k, v = (x[:, head // group, None].astype(np.float64) for x in (keys, values))
+                want = spec.attend(asked[b, head : head + 1], k, v)
                 if wrong := difference(got[b, head : head + 1], want, dtype):
                     return f"query {b}, head {head}: {wrong}"
         return None
@@ -123,16 +128,27 @@ def linear_gate(ops: Ops, x: Array, weight: Array, dtype: str) -> Gate:
     return gate
 
 
-def mlp_gate(ops: Ops, x: Array, weights: tuple[Array, Array, Array], dtype: str) -> Gate:
-    """The whole feed-forward of the first row."""
+def close_layer_gate(
+    ops: Ops,
+    x: Array,
+    o: Array,
+    o_proj: Array,
+    norm: Array,
+    eps: float,
+    gate: Array,
+    up: Array,
+    down: Array,
+    dtype: str,
+) -> Gate:
+    """The end of a layer for the first row."""
 
-    def gate(out: Array) -> str | None:
-        first = ops.to_numpy(x)[:1].astype(np.float64)
-        gate_proj, up_proj, down_proj = (ops.to_numpy(w).astype(np.float64) for w in weights)
-        want = spec.swiglu(first @ gate_proj.T, first @ up_proj.T) @ down_proj.T
+    def check(out: Array) -> str | None:
+        first, attended = (ops.to_numpy(a)[:1].astype(np.float64) for a in (x, o))
+        w_o, scale, w_gate, w_up, w_down = (ops.to_numpy(w).astype(np.float64) for w in (o_proj, norm, gate, up, down))
+        want = spec.close_layer(first, attended, w_o, scale, eps, w_gate, w_up, w_down)
         return difference(ops.to_numpy(out)[:1], want, dtype)
 
-    return gate
+    return check
 
 
 def sample_gate(ops: Ops, logits: Array, arguments: SamplingBatch) -> Gate:

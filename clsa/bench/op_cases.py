@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from clsa.batch import upload
 from clsa.bench import gates
 from clsa.bench.random_arrays import RandomRows, fill_memory, fill_window
-from clsa.bench.timing import Call
 from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
 from clsa.ops import Array, Memory, Ops, Queries, Selection
 from clsa.sampling import SamplingRow, pack_sampling
@@ -20,28 +19,27 @@ ROTATION_BYTES = 256 << 20  # that all sets of inputs of an op should read toget
 MAX_SETS = 16
 MEMORY_SHARE = 0.5  # of the free memory that inputs may take
 
-OPS = (
-    "select",
-    "gather_attention",
-    "dense_attention",
-    "sliding_attention",
-    "linear",
-    "mlp",
-    "lm_head",
-    "sample",
-    "sample_top_p",
-)
+EACH_CONTEXT = ("select", "gather_attention", "dense_attention", "sliding_attention")  # the others do not depend on it
+OPS = (*EACH_CONTEXT, "linear", "close_layer", "lm_head", "sample", "sample_top_p")
 
 
 @dataclass(frozen=True, slots=True)
 class OpCase:
-    """An op and its inputs: `run(i)` calls it on the i-th set, `gate` judges what it returned for the first."""
+    """An op and its inputs. `gate` judges what the first set gave, whoever computed it."""
 
     op: str
-    run: Call
-    num_inputs: int
+    call: Callable[..., Any]
+    arguments: Sequence[tuple[Any, ...]]  # one tuple for each set of inputs
     gate: gates.Gate
     note: str = ""
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.arguments)
+
+    def run(self, i: int) -> Any:
+        """Call the op on the i-th set of inputs."""
+        return self.call(*self.arguments[i])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,20 @@ class Paged:
 class OpInputs:
     """Makes the cases of one model size, context and batch. Large inputs are made when they are first needed."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, dtype: str, context: int, batch: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        dtype: str,
+        context: int,
+        batch: int,
+        *,
+        chunk: int = 1,
+        max_sets: int = MAX_SETS,
+    ) -> None:
+        """`chunk` queries of each sequence at the end of its context, as in prefill (`gather_attention` takes 1)."""
         self._ops, self._config, self._dtype = ops, config, dtype
-        self._context, self._batch = context, batch
+        self._context, self._batch, self._chunk, self._max_sets = context, batch, chunk, max_sets
         self._rng = np.random.default_rng([context, batch])
         self._paged: Paged | None = None
 
@@ -70,7 +79,7 @@ class OpInputs:
             "dense_attention": self._dense,
             "sliding_attention": self._sliding,
             "linear": lambda: self._linear("linear", self._config.intermediate_size),
-            "mlp": self._mlp,
+            "close_layer": self._close_layer,
             "lm_head": lambda: self._linear("lm_head", self._config.vocab_size),
             "sample": lambda: self._sample("sample", SamplingParams()),
             "sample_top_p": lambda: self._sample("sample_top_p", SamplingParams(temperature=0.8, top_p=0.95)),
@@ -81,36 +90,23 @@ class OpInputs:
     # -- over the memory ---------------------------------------------------------------------------------------------
     def _select(self) -> OpCase:
         ops, paged, c = self._ops, self._pages(), self._config
-        q_idx = [self._rows(c.index_head_dim) for _ in paged.batches]
-
-        def run(i: int) -> Any:
-            return ops.select(q_idx[i], paged.memory, paged.batches[i], c.index_topk, 1)
-
-        gate = gates.select_gate(ops, q_idx[0], paged.memory, paged.batches[0], c.index_topk)
-        return OpCase("select", run, len(paged.batches), gate, paged.note)
+        sets = [(self._rows(c.index_head_dim), paged.memory, queries, c.index_topk, 1) for queries in paged.batches]
+        return OpCase("select", ops.select, sets, gates.select_gate(ops, *sets[0][:4]), paged.note)
 
     def _gather(self) -> OpCase:
         ops, paged = self._ops, self._pages()
-        q = [self._heads(self._config.num_attention_heads) for _ in paged.batches]
         chosen = [self._selection(queries) for queries in paged.batches]
         selections = [Selection(*(ops.asarray(x) for x in host)) for host in chosen]
-
-        def run(i: int) -> Any:
-            return ops.gather_attention(q[i], paged.memory, selections[i])
-
-        gate = gates.attention_gate(ops, q[0], paged.memory, lambda b: chosen[0][1][b], self._dtype)
-        return OpCase("gather_attention", run, len(paged.batches), gate, paged.note)
+        sets = [(self._heads(self._config.num_attention_heads), paged.memory, selected) for selected in selections]
+        gate = gates.attention_gate(ops, sets[0][0], paged.memory, lambda b: chosen[0][1][b], self._dtype)
+        return OpCase("gather_attention", ops.gather_attention, sets, gate, paged.note)
 
     def _dense(self) -> OpCase:
         ops, paged = self._ops, self._pages()
-        q = [self._heads(self._config.num_attention_heads) for _ in paged.batches]
-
-        def run(i: int) -> Any:
-            return ops.dense_attention(q[i], paged.memory, paged.batches[i])
-
-        rows = gates.rows_of
-        gate = gates.attention_gate(ops, q[0], paged.memory, lambda b: rows(paged.batches[0], ops, b), self._dtype)
-        return OpCase("dense_attention", run, len(paged.batches), gate, paged.note)
+        sets = [(self._heads(self._config.num_attention_heads), paged.memory, queries) for queries in paged.batches]
+        q, memory, queries = sets[0]
+        gate = gates.attention_gate(ops, q, memory, lambda b: gates.rows_of(queries, ops, b), self._dtype)
+        return OpCase("dense_attention", ops.dense_attention, sets, gate, paged.note)
 
     def _pages(self) -> Paged:
         if self._paged is None:
@@ -123,7 +119,7 @@ class OpInputs:
         index_bytes = c.index_head_dim * ops.itemsize(self._dtype)
         row_bytes = index_bytes + 2 * c.num_key_value_heads * c.head_dim * ops.itemsize(self._dtype)
         wanted = self._batch * per_sequence
-        sets = max(1, min(MAX_SETS, -(-ROTATION_BYTES // (wanted * PAGE_SIZE * index_bytes))))
+        sets = max(1, min(self._max_sets, -(-ROTATION_BYTES // (wanted * PAGE_SIZE * index_bytes))))
         fit = int(MEMORY_SHARE * ops.memory_stats()["free"]) // (row_bytes * PAGE_SIZE)
         pages = max(per_sequence, min(sets * wanted, fit))
         sets = max(1, min(sets, pages // wanted))
@@ -136,14 +132,14 @@ class OpInputs:
         return Paged(memory, batches, note)
 
     def _queries(self, pages: np.ndarray) -> Queries:
-        """Decode queries at the last position of each sequence, whose pages lie anywhere."""
-        batch, context, ops = self._batch, self._context, self._ops
+        """Queries at the last positions of each sequence, whose pages lie anywhere."""
+        batch, context, chunk, ops = self._batch, self._context, self._chunk, self._ops
         ids = np.arange(batch, dtype=np.int32)
-        positions = np.full(batch, context - 1, np.int32)
+        positions = np.tile(np.arange(context - chunk, context, dtype=np.int32), batch)
         table = pages.reshape(batch, -1).astype(np.int32)
-        rows = ops.asarray(ids)
-        cu_seqlens, lengths = tuple(range(batch + 1)), (context,) * batch
-        return Queries(ops.asarray(positions), rows, ops.asarray(table), rows, cu_seqlens, lengths)
+        cu_seqlens, lengths = tuple(range(0, batch * chunk + 1, chunk)), (context,) * batch
+        sequence = ops.asarray(np.repeat(ids, chunk))
+        return Queries(ops.asarray(positions), sequence, ops.asarray(table), ops.asarray(ids), cu_seqlens, lengths)
 
     def _selection(self, queries: Queries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Random positions, their rows, and their number, on the host."""
@@ -160,22 +156,18 @@ class OpInputs:
     def _sliding(self) -> OpCase:
         ops, c = self._ops, self._config
         ring_bytes = 2 * c.sliding_window * c.num_key_value_heads * c.head_dim * ops.itemsize(self._dtype)
-        sets = max(1, min(MAX_SETS, -(-ROTATION_BYTES // (self._batch * ring_bytes))))
+        sets = max(1, min(self._max_sets, -(-ROTATION_BYTES // (self._batch * ring_bytes))))
         kv = RandomRows(ops, c.num_key_value_heads * c.head_dim, self._dtype, seed=3)
         queries = self._queries(np.arange(self._batch * -(-self._context // PAGE_SIZE)))
-        windows, inputs = [], []
+        inputs = []
         for _ in range(sets):
             empty = ops.new_window(self._batch, c.sliding_window, c.num_key_value_heads, c.head_dim, self._dtype)
-            windows.append(fill_window(ops, empty, c, self._batch * c.sliding_window, kv))
-            kv_heads = c.num_key_value_heads
-            inputs.append((self._heads(c.num_attention_heads), self._heads(kv_heads), self._heads(kv_heads)))
-
-        def run(i: int) -> Any:
-            q, k, v = inputs[i]
-            return ops.sliding_attention(q, k, v, windows[i], queries)
-
-        gate = gates.sliding_gate(ops, *inputs[0], windows[0], queries, self._dtype)
-        return OpCase("sliding_attention", run, sets, gate)
+            window = fill_window(ops, empty, c, self._batch * c.sliding_window, kv)
+            q, k, v = (self._heads(h) for h in (c.num_attention_heads, *[c.num_key_value_heads] * 2))
+            inputs.append((q, k, v, window, queries))
+        return OpCase(
+            "sliding_attention", ops.sliding_attention, inputs, gates.sliding_gate(ops, *inputs[0], self._dtype)
+        )
 
     def _linear(self, name: str, width: int) -> OpCase:
         ops, c = self._ops, self._config
@@ -183,23 +175,21 @@ class OpInputs:
         weights = [source.matrix(width) for _ in range(self._weight_sets(c.hidden_size * width))]
         x = self._rows(c.hidden_size)
         gate = gates.linear_gate(ops, x, weights[0], self._dtype)
-        return OpCase(name, lambda i: ops.linear(x, weights[i]), len(weights), gate)
+        return OpCase(name, ops.linear, [(x, weight) for weight in weights], gate)
 
-    def _mlp(self) -> OpCase:
+    def _close_layer(self) -> OpCase:
         ops, c = self._ops, self._config
-        wide = RandomRows(ops, c.hidden_size, self._dtype, seed=5, std=0.02)
-        narrow = RandomRows(ops, c.intermediate_size, self._dtype, seed=5, std=0.02)
-        weights = [
-            (wide.matrix(c.intermediate_size), wide.matrix(c.intermediate_size), narrow.matrix(c.hidden_size))
-            for _ in range(self._weight_sets(3 * c.hidden_size * c.intermediate_size))
-        ]
-        x = self._rows(c.hidden_size)
-
-        def run(i: int) -> Any:
-            gate, up, down = weights[i]
-            return ops.linear(ops.swiglu(ops.linear(x, gate), ops.linear(x, up)), down)
-
-        return OpCase("mlp", run, len(weights), gates.mlp_gate(ops, x, weights[0], self._dtype))
+        attended = c.num_attention_heads * c.head_dim
+        shapes = {"o": (c.hidden_size, attended), "gate": (c.intermediate_size, c.hidden_size)}
+        shapes |= {"up": shapes["gate"], "down": (c.hidden_size, c.intermediate_size)}
+        sources = {width: RandomRows(ops, width, self._dtype, seed=5, std=0.02) for _, width in shapes.values()}
+        numbers = sum(rows * width for rows, width in shapes.values())
+        x, o, norm = self._rows(c.hidden_size), self._rows(attended), self._rows(c.hidden_size)[0]
+        sets = []
+        for _ in range(self._weight_sets(numbers)):
+            out, gate, up, down = (sources[width].matrix(rows) for rows, width in shapes.values())
+            sets.append((x, o, out, norm, c.rms_norm_eps, gate, up, down))
+        return OpCase("close_layer", ops.close_layer, sets, gates.close_layer_gate(ops, *sets[0], self._dtype))
 
     def _sample(self, name: str, params: SamplingParams) -> OpCase:
         ops, vocab = self._ops, self._config.vocab_size
@@ -208,15 +198,16 @@ class OpInputs:
         packed, _ = pack_sampling(rows)
         sampling = upload(ops, packed)
         gate = gates.sample_gate(ops, logits, packed)
-        return OpCase(name, lambda i: ops.sample(logits, sampling), 1, gate)
+        return OpCase(name, ops.sample, [(logits, sampling)], gate)
 
     def _weight_sets(self, numbers: int) -> int:
         num_bytes = numbers * self._ops.itemsize(self._dtype)
         fit = int(MEMORY_SHARE * self._ops.memory_stats()["free"]) // num_bytes
-        return max(1, min(MAX_SETS, -(-ROTATION_BYTES // num_bytes), fit))
+        return max(1, min(self._max_sets, -(-ROTATION_BYTES // num_bytes), fit))
 
     def _rows(self, width: int) -> Array:
-        return self._ops.asarray(self._rng.standard_normal((self._batch, width), np.float32), self._dtype)
+        shape = (self._batch * self._chunk, width)
+        return self._ops.asarray(self._rng.standard_normal(shape, np.float32), self._dtype)
 
     def _heads(self, heads: int) -> Array:
-        return self._rows(heads * self._config.head_dim).reshape(self._batch, heads, -1)
+        return self._rows(heads * self._config.head_dim).reshape(self._batch * self._chunk, heads, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -24,6 +25,24 @@ class Peer(Protocol):
     def prefill(self, tokens: int, batch: int) -> Any:
         """A function of no arguments that prefills `batch` prompts of `tokens` each up to the first new token."""
         ...
+
+
+class OpPeer(Protocol):
+    """Somebody else's ops on the arrays of ours."""
+
+    name: str  # with its version
+
+    def prepare(self, op: str, arguments: tuple[Any, ...]) -> Callable[[], Any] | None:
+        """A function that computes what our op does with these arguments, and returns the same; None if it has no
+        such op. What can be done ahead of time, such as putting rows in its own order, is done before. Raises
+        MemoryError, before anything is allocated, if that cannot fit."""
+        ...
+
+
+def op_peers(ops: Ops, dtype: str, device: str | None) -> list[OpPeer]:
+    """The peers for single ops that the backend of these ops knows and that are installed."""
+    make = getattr(_backend(ops.name), "bench_op_peers", None)
+    return [] if make is None else list(make(dtype, device))
 
 
 def device_timer(ops: Ops) -> DeviceTimer | None:

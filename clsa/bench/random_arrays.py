@@ -19,6 +19,7 @@ from clsa.plan import Plan
 
 _BLOCK_NUMBERS = 1 << 23  # of a block; 32 MB in float32
 _MIN_ROWS, _MAX_ROWS = 64, 4096
+_TAKE_NUMBERS = 1 << 24  # handed out at once: few calls for a device, little memory for a host
 
 
 class RandomRows:
@@ -26,28 +27,29 @@ class RandomRows:
 
     def __init__(self, ops: Ops, width: int, dtype: str, seed: int, std: float = 1.0) -> None:
         self._ops, self._rng = ops, np.random.default_rng([seed, width])
-        self.block_rows = min(_MAX_ROWS, max(_MIN_ROWS, _BLOCK_NUMBERS // width))
+        self._block_rows = min(_MAX_ROWS, max(_MIN_ROWS, _BLOCK_NUMBERS // width))
+        self.max_rows = self._block_rows * max(1, _TAKE_NUMBERS // width // self._block_rows)  # of one `take`
         self._blocks = [ops.asarray(self._normal(width) * np.float32(std / np.sqrt(2)), dtype) for _ in range(2)]
         self._shift = 0
 
     def take(self, rows: int) -> Array:
-        """[rows, width], for rows <= block_rows."""
-        first = self._rng.permutation(self.block_rows)[:rows]
-        second = (first + self._shift) % self.block_rows
-        self._shift += 1
-        ops, (one, other) = self._ops, self._blocks
-        return ops.take(one, ops.asarray(first.astype(np.int32))) + ops.take(
-            other, ops.asarray(second.astype(np.int32))
-        )
+        """[rows, width], for rows <= max_rows."""
+        size, turns = self._block_rows, -(-rows // self._block_rows)
+        first = np.tile(self._rng.permutation(size), turns)[:rows]
+        shifts = np.repeat(np.arange(self._shift, self._shift + turns), size)[:rows]
+        self._shift += turns
+        ops, (one, other) = self._ops, (first.astype(np.int32), ((first + shifts) % size).astype(np.int32))
+        a, b = (ops.take(x, ops.asarray(i)) for x, i in zip(self._blocks, (one, other), strict=True))
+        return a + b
 
     def matrix(self, rows: int) -> Array:
         """[rows, width] for any number of rows."""
-        counts = _cut(rows, self.block_rows)
+        counts = _cut(rows, self.max_rows)
         parts = [self.take(stop - start) for start, stop in counts]
         return parts[0] if len(parts) == 1 else self._ops.concat(parts)
 
     def _normal(self, width: int) -> np.ndarray:
-        return self._rng.standard_normal((self.block_rows, width), dtype=np.float32)
+        return self._rng.standard_normal((self._block_rows, width), dtype=np.float32)
 
 
 def random_params(ops: Ops, config: ModelConfig, dtype: str, seed: int = 0) -> Mapping[str, Any]:
@@ -87,7 +89,7 @@ def fill_memory(
     ops: Ops, memory: Memory, c: ModelConfig, rows: int, kv: RandomRows, index: RandomRows | None
 ) -> Memory:
     """Write random K, V and K_idx to the first `rows` rows."""
-    size = kv.block_rows if index is None else min(kv.block_rows, index.block_rows)
+    size = kv.max_rows if index is None else min(kv.max_rows, index.max_rows)
     for start, stop in _cut(rows, size):
         k, v = (kv.take(stop - start).reshape(stop - start, -1, c.head_dim) for _ in range(2))
         k_idx = None if index is None or memory.k_idx is None else index.take(stop - start)
@@ -98,7 +100,7 @@ def fill_memory(
 
 def fill_window(ops: Ops, window: Window, c: ModelConfig, rows: int, kv: RandomRows) -> Window:
     """Write random K and V to the first `rows` ring rows."""
-    for start, stop in _cut(rows, kv.block_rows):
+    for start, stop in _cut(rows, kv.max_rows):
         k, v = (kv.take(stop - start).reshape(stop - start, -1, c.head_dim) for _ in range(2))
         window = ops.write_window(window, k, v, ops.asarray(np.arange(start, stop, dtype=np.int32)))
         wait(ops, window.v)

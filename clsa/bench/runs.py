@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from clsa.bench.bench import Bench
-from clsa.bench.engine import MEMORY_SHARE
-from clsa.bench.floors import op_bytes
-from clsa.bench.op_cases import OPS, OpCase, OpInputs
-from clsa.bench.peers import peers
+from clsa.bench.engine import MEMORY_SHARE, free_bytes
+from clsa.bench.floors import op_bytes, op_flops
+from clsa.bench.op_cases import EACH_CONTEXT, OPS, OpCase, OpInputs
+from clsa.bench.peers import OpPeer, op_peers, peers
 from clsa.bench.report import Column, Report, Row
 from clsa.bench.sizes import plan_config
 from clsa.bench.steps import decode_row, page_room, peer_decode_row, peer_prefill_row, prefill_row
@@ -38,6 +40,7 @@ PREFILL_COLUMNS = [
 ]
 OP_COLUMNS = [
     Column("op", "op"),
+    Column("by", "by"),
     Column("context", "context", ","),
     Column("batch", "batch", ","),
     Column("seconds", "ms", "ms"),
@@ -49,35 +52,58 @@ OP_COLUMNS = [
 
 
 def bench_ops(bench: Bench) -> Report:
-    """Every op of a decode step against its floor. An op whose result is wrong gets no time."""
+    """Every op of a decode step, and what others offer for it, against its floor. A wrong result gets no time."""
     report = bench.report("ops", OP_COLUMNS, **bench.ceiling_facts())
-    config = bench.config("clsa", max(bench.settings.contexts))
-    for context in bench.settings.contexts:
-        for batch in bench.settings.batches:
-            inputs = OpInputs(bench.ops, config, bench.dtype, context, batch)
-            for case in inputs.cases(OPS):
+    s = bench.settings
+    config = bench.config("clsa", max(s.contexts))
+    others = op_peers(bench.ops, bench.dtype, s.device) if s.peers else []
+    for context in s.contexts:
+        names = OPS if context == s.contexts[0] else EACH_CONTEXT
+        for batch in s.batches:
+            for case in OpInputs(bench.ops, config, bench.dtype, context, batch).cases(names):
                 bench.note(f"ops: {case.op}, {context:,} tokens, batch {batch}")
-                report.rows.append(row := op_row(bench, config, case, context, batch))
-                report.wrong += "wrong" in row
+                report.rows.append(op_row(bench, config, case, context, batch))
+                report.rows += [
+                    row for peer in others for row in _peer_op_rows(bench, config, peer, case, context, batch)
+                ]
+    report.wrong = sum("wrong" in row and row["by"] == "clsa" for row in report.rows)
     return report
 
 
-def op_row(bench: Bench, config: ModelConfig, case: OpCase, context: int, batch: int) -> Row:
+def op_row(bench: Bench, config: ModelConfig, case: OpCase, context: int, batch: int, by: str = "clsa") -> Row:
     """Check an op, then time it. A wrong one is not timed: its row has `wrong` and no seconds."""
-    row: Row = {"op": case.op, "context": context, "batch": batch, "seconds": None, "note": case.note}
-    if wrong := case.gate(case.run(0)):
+    row: Row = {"op": case.op, "by": by, "context": context, "batch": batch, "seconds": None, "note": case.note}
+    wrong = case.gate(case.run(0))
+    if by == "clsa":
+        bench.checked[case.op, context, batch, 1] = wrong
+    if wrong:
         return row | {"wrong": wrong, "note": f"WRONG, not timed: {wrong}"}
     times = bench.stopwatch.time(case.run, case.num_inputs)
-    floor = op_bytes(case.op, config, context, batch, bench.itemsize) / bench.ceilings.read
+    moved = op_bytes(case.op, config, context, batch, bench.itemsize)
+    floor = moved / bench.ceilings.read
     return row | {
         "seconds": times.median,
         "spread": times.spread,
         "samples": len(times.samples),
         "input_sets": case.num_inputs,
+        "floor_bytes": moved,
+        "flops": op_flops(case.op, config, context, batch),
         "floor_seconds": floor,
         "floor_share": floor / times.median,
         "clock": times.clock,
     }
+
+
+def _peer_op_rows(bench: Bench, config: ModelConfig, peer: OpPeer, case: OpCase, context: int, batch: int) -> list[Row]:
+    """The same with somebody else's op on the same inputs; no row if it has none, no time if its inputs don't fit."""
+    try:
+        calls = [peer.prepare(case.op, arguments) for arguments in case.arguments]
+    except MemoryError as error:
+        return [{"op": case.op, "by": peer.name, "context": context, "batch": batch, "note": str(error)}]
+    if None in calls:
+        return []
+    theirs = replace(case, call=lambda call: call(), arguments=[(call,) for call in calls])
+    return [op_row(bench, config, theirs, context, batch, peer.name)]
 
 
 def bench_decode(bench: Bench) -> Report:
@@ -94,6 +120,7 @@ def bench_decode(bench: Bench) -> Report:
     if s.peers and s.model is None:
         for peer in peers(bench.ops, plan_config(s.sizes, "transformer", longest), bench.dtype, s.device):
             report.rows += [peer_decode_row(bench, peer, c, b) for c in s.contexts for b in s.batches]
+    report.wrong = sum("wrong" in row for row in report.rows)
     return report
 
 
@@ -112,6 +139,7 @@ def bench_prefill(bench: Bench, short: int) -> Report:
     if s.peers and s.model is None:
         for peer in peers(bench.ops, plan_config(s.sizes, "transformer", longest), bench.dtype, s.device):
             report.rows += [peer_prefill_row(bench, peer, *shape) for shape in shapes]
+    report.wrong = sum("wrong" in row for row in report.rows)
     return report
 
 
@@ -130,17 +158,18 @@ def bench_capacity(bench: Bench, max_batch: int) -> Report:
                 report.rows.append({"plan": plan, "context": context, "batch": 0, "note": "does not fit"})
                 continue
             row = decode_row(bench, plan, config, params, context, batch)
-            rate = row["tokens_per_second"]
             row["state_bytes"] = _bytes_each(bench, config) * batch
-            row["ratio"] = rate / first.setdefault(context, rate)
+            if rate := row["tokens_per_second"]:
+                row["ratio"] = rate / first.setdefault(context, rate)
             report.rows.append(row)
         del params
+    report.wrong = sum("wrong" in row for row in report.rows)
     return report
 
 
 def capacity(bench: Bench, config: ModelConfig) -> int:
     """Sequences of the config's full length that fit into the memory that is free now."""
-    budget = int(MEMORY_SHARE * bench.ops.memory_stats()["free"])
+    budget = int(MEMORY_SHARE * free_bytes(bench.ops))
     return budget // _bytes_each(bench, config)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clsa.bench.bench import Bench
+from clsa.bench.checks import wrong_decode, wrong_prefill
 from clsa.bench.engine import checked_step, fitting_pages, make_engine
 from clsa.bench.report import Column, Report, Row
 from clsa.config import MAX_TOKENS, ModelConfig, SamplingParams, check_float, check_int
@@ -27,6 +28,7 @@ COLUMNS = [
     *(Column(f"tpot_p{p}", f"TPOT p{p} ms", "ms") for p in (50, 99)),
     *(Column(f"itl_p{p}", f"ITL p{p} ms", "ms") for p in (50, 99)),
     Column("preemptions", "pre-empted", ","),
+    Column("note", "note"),
 ]
 
 
@@ -69,6 +71,13 @@ def bench_serve(bench: Bench, load: Load) -> Report:
     report.facts.update(rate=load.rate, input_tokens=load.input_tokens, output_tokens=load.output_tokens)
     for plan in bench.plans:
         config = bench.config(plan, load.longest)
+        length = _spread(load.input_tokens)[1]
+        if wrong := wrong_prefill(bench, plan, config, length) or wrong_decode(
+            bench, plan, config, load.longest, load.max_num_seqs
+        ):
+            report.rows.append({"plan": plan, "wrong": wrong, "note": f"WRONG, not timed: {wrong}"})
+            report.wrong += 1
+            continue
         engine = _engine(bench, config, load)
         bench.note(f"serve: {plan}, {load.requests} requests")
         _serve(engine, _arrivals(engine, load, 2 * load.max_num_seqs, rate=0.0))  # warm: every batch size occurs

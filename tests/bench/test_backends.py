@@ -7,7 +7,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from clsa.backend import load_backend
 from clsa.bench import timing
+from clsa.bench.sizes import PLANS, plan_config
+from clsa.bench.step_gate import step_gate
 from clsa_cli.main import app
 
 
@@ -40,3 +43,35 @@ def test_ops_on_mlx() -> None:
     result = CliRunner().invoke(app, ["bench", "ops", *arguments, "--batches", "2"])
     assert result.exit_code == 0, result.stderr
     assert all(row["seconds"] for row in json.loads(result.stdout.splitlines()[-1])["rows"])
+
+
+def test_ops_beside_torch() -> None:
+    arguments = ["--sizes", "tiny", "--backend", "cuda", "--device", "cpu", "--seconds", "0.001", "--contexts", "100"]
+    result = CliRunner().invoke(app, ["bench", "ops", *arguments, "--batches", "2"])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    theirs = [row for row in rows if row["by"].startswith("torch ")]
+    assert [row["op"] for row in theirs] == ["select", "gather_attention", "dense_attention", "linear", "lm_head"]
+    assert all(row["seconds"] > 0 and "wrong" not in row for row in rows)
+
+
+def test_a_peer_that_is_wrong_or_does_not_fit_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clsa_cuda import bench_op_peers
+
+    arguments = ["--sizes", "tiny", "--backend", "cuda", "--device", "cpu", "--seconds", "0.001", "--contexts", "100"]
+    attend = bench_op_peers._attend
+    monkeypatch.setattr(bench_op_peers, "_attend", lambda *given: attend(*given) * 1.01)
+    monkeypatch.setattr(bench_op_peers, "host_memory_stats", lambda: {"free": 1000})
+    result = CliRunner().invoke(app, ["bench", "ops", *arguments, "--batches", "2"])
+    assert result.exit_code == 0, result.stderr  # our own are right
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    theirs = {row["op"]: row for row in rows if row["by"].startswith("torch ")}
+    assert "relative error" in theirs["gather_attention"]["wrong"] and theirs["gather_attention"]["seconds"] is None
+    assert "GB" in theirs["dense_attention"]["note"] and "seconds" not in theirs["dense_attention"]
+
+
+@pytest.mark.parametrize("backend", ["cuda", pytest.param("mlx", marks=pytest.mark.mlx)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_gate_of_a_plan_passes(backend: str, plan: str) -> None:
+    ops = load_backend(backend, "cpu")[0]
+    assert step_gate(ops, plan_config("tiny", plan, 256), "float32") is None

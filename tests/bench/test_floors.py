@@ -97,7 +97,13 @@ def test_ops_at_128k_and_batch_32() -> None:
 
     assert milliseconds("select") == pytest.approx(0.244, rel=0.01)
     assert milliseconds("gather_attention") == pytest.approx(0.031, rel=0.02)
-    assert floors.op_bytes("mlp", config, CONTEXT, 1, BF16) == 2 * 3 * 2560 * 7680 + 2 * 2 * 2560
+    closing = 2560 * 2560 + 3 * 2560 * 7680
+    assert floors.op_bytes("close_layer", config, CONTEXT, 1, BF16) == 2 * closing + 3 * 2 * 2560
+    assert floors.op_flops("close_layer", config, CONTEXT, 8) == 2 * 8 * closing
+    assert floors.op_flops("select", config, CONTEXT, 32) == 2 * 32 * CONTEXT * 128
+    assert floors.op_flops("dense_attention", config, CONTEXT, 32) == 4 * 32 * CONTEXT * 20 * 128
+    assert floors.op_flops("gather_attention", config, 100, 1) == 4 * 100 * 20 * 128
+    assert floors.op_flops("sample", config, CONTEXT, 1) == 0
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -16,6 +16,7 @@ from clsa.errors import BackendError
 from clsa.ops import Device
 
 if TYPE_CHECKING:
+    from clsa_cuda.bench_op_peers import FlashInferPeer, TorchPeer
     from clsa_cuda.bench_peers import Transformers
     from clsa_cuda.ops import TorchOps
     from clsa_cuda.trainer import TorchTrainer
@@ -72,6 +73,12 @@ class CudaBackend:
         from clsa_cuda.bench_peers import bench_peers
 
         return bench_peers(config, dtype, device)
+
+    def bench_op_peers(self, dtype: str, device: str | None) -> list[TorchPeer | FlashInferPeer]:
+        """torch's own ops for `clsa bench`, and FlashInfer's if it is installed."""
+        from clsa_cuda.bench_op_peers import bench_op_peers
+
+        return bench_op_peers(dtype, device)
 
 
 def _why_no_torch() -> str | None:
