@@ -123,6 +123,8 @@ def step_bytes(ops: Ops, plan: Plan, engine: EngineConfig, max_model_len: int) -
             largest = max(largest, queries * max(c.num_attention_heads * max_model_len * 4, keys * max_model_len * 4))
         if layer.route in ("F", "S"):
             largest = max(largest, queries * c.index_topk * keys * 4)
+    if engine.weight_dtype is not None:  # a product may widen its weight first
+        largest = max(largest, c.hidden_size * max(c.intermediate_size, c.num_attention_heads * c.head_dim) * 4)
     return activations + sampling + min(ops.temporary_bytes, TEMPORARIES * largest)
 
 
