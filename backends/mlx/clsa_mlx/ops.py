@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,11 +15,13 @@ from clsa.hostmemory import host_memory_stats
 from clsa.ops import Compute, Float8Weight, QuantizedWeight, Weight
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import on_gpu
-from clsa_mlx.linears import add_linear, linear, linears, norm_linears, norm_swiglu, rms_norm, swiglu
+from clsa_mlx.linears import add_linear, close_layer, linear, linears, norm_linears, norm_swiglu, rms_norm, swiglu
 from clsa_mlx.quantized import quantized_rows
+from clsa_mlx.record import Recorder
 from clsa_mlx.sample import sample
 from clsa_mlx.select import select, take_selection
 from clsa_mlx.state import DTYPES, copy_window, new_memory, new_window, widened, write_memory, write_window
+from clsa_mlx.trees import arrays_in
 from clsa_mlx.window import attend_window, norm_rope
 
 name = "mlx"
@@ -61,7 +62,8 @@ def fetch(arrays: Sequence[mx.array]) -> Callable[[], list[np.ndarray]]:
 
 
 def record(compute: Compute) -> Compute | None:
-    return None
+    # On CPU a compiled function would need a C++ compiler at run time.
+    return Recorder(compute) if on_gpu() else None
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
@@ -85,19 +87,7 @@ def concat(arrays: Sequence[mx.array]) -> mx.array:
 
 
 def evaluate(*values: Any) -> None:
-    mx.async_eval(*_arrays(values))
-
-
-def _arrays(value: Any) -> Iterator[mx.array]:
-    if isinstance(value, mx.array):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _arrays(item)
-    elif isinstance(value, dict):
-        yield from _arrays(list(value.values()))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _arrays([getattr(value, field.name) for field in fields(value)])
+    mx.async_eval(*arrays_in(values))
 
 
 def memory_stats() -> dict[str, int]:
@@ -128,6 +118,7 @@ __all__ = [
     "asarrays",
     "attend_window",
     "cast",
+    "close_layer",
     "concat",
     "copy_window",
     "dense_attention",

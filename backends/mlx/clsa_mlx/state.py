@@ -2,7 +2,7 @@
 
 Behind the rows that were asked for lie two of our own: the zero row, never written, which stands in wherever a query
 sees nothing (what is masked is multiplied by zero, so it has to be finite), and the last row, which takes what a
-mapping of -1 discards.
+mapping of -1 discards: MLX counts negative indices from the end.
 
 MLX has no type for float8 E4M3: such rows are uint8, and nothing else in this backend is.
 
@@ -60,18 +60,16 @@ def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str
 
 
 def write_memory(memory: Memory, k: mx.array, v: mx.array, k_idx: mx.array | None, slot_mapping: mx.array) -> Memory:
-    rows = _targets(memory.k, slot_mapping)
-    memory.k[rows] = _stored(k, memory.k.dtype)
-    memory.v[rows] = _stored(v, memory.v.dtype)
+    memory.k[slot_mapping] = _stored(k, memory.k.dtype)
+    memory.v[slot_mapping] = _stored(v, memory.v.dtype)
     if memory.k_idx is not None and k_idx is not None:
-        memory.k_idx[rows] = _stored(k_idx, memory.k_idx.dtype)
+        memory.k_idx[slot_mapping] = _stored(k_idx, memory.k_idx.dtype)
     return memory
 
 
 def write_window(window: Window, k: mx.array, v: mx.array, ring_mapping: mx.array) -> Window:
-    rows = _targets(window.k, ring_mapping)
-    window.k[rows] = k
-    window.v[rows] = v
+    window.k[ring_mapping] = k
+    window.v[ring_mapping] = v
     return window
 
 
@@ -82,10 +80,6 @@ def copy_window(window: Window, source: mx.array, target: mx.array) -> Window:
     window.k[target_rows] = window.k[source_rows]
     window.v[target_rows] = window.v[source_rows]
     return window
-
-
-def _targets(buffer: mx.array, mapping: mx.array) -> mx.array:
-    return mx.where(mapping < 0, buffer.shape[0] - 1, mapping)
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> mx.array:
