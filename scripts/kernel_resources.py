@@ -27,8 +27,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from clsa.config import PAGE_SIZE
-from clsa_cuda.kernels import attend, gather_attention, select, write_memory
+from clsa_cuda.kernels import (
+    attend,
+    causal_prefill,
+    gather_attention,
+    score_many,
+    select,
+    sliding_prefill,
+    write_memory,
+)
 from clsa_cuda.kernels import pick as picking
+from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -50,6 +59,12 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     out["attend list bfloat16 16 heads"] = attention("list", "bfloat16", 128, 16, 32)
     out["attend list bfloat16 one query"] = attention("list", "bfloat16", 128, 5, 1)
     out["attend pages bfloat16 one query"] = attention("pages", "bfloat16", 128, 5, 1)
+    for dtype in TYPES:
+        out[f"score many {dtype}"] = scores_of_many(dtype)
+        for kind in ("sliding", "causal"):
+            out[f"prefill {kind} {dtype}"] = prefill(kind, dtype, 128)
+    for head_dim in (64, 80, 256):
+        out[f"prefill causal bfloat16 D={head_dim}"] = prefill("causal", "bfloat16", head_dim)
     pointers = dict.fromkeys(("k", "v", "k_out", "v_out"), "*bf16") | dict.fromkeys(("rows", "lengths"), "*i32")
     integers = dict.fromkeys(("k_stride", "v_stride", "K"), "i32")
     constants = {"E": 512, "BLOCK_E": 512, "BLOCK": 16}
@@ -141,6 +156,36 @@ def attention(
         "OVERLAP": True,
     }
     return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
+
+
+def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    tiles = prefill_tiles(head_dim, getattr(torch, dtype).itemsize, H200)
+    types = dict.fromkeys(("q", "k", "v", "ring_k", "ring_v", "out"), TYPES[dtype])
+    types |= dict.fromkeys(("slots", "block_table", "positions", "tiles"), "*i32")
+    types |= dict.fromkeys(("H", "q_stride", "k_stride", "v_stride", "ring_stride", "table_stride", "W"), "i32")
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": next_power_of_2(head_dim),
+        "REPEAT": 5,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.num_stages,
+    }
+    kernel = sliding_prefill._sliding_kernel
+    if kind == "causal":
+        kernel, constants["PAGE"] = causal_prefill._causal_kernel, PAGE_SIZE
+    types = {name: t for name, t in (types | {"scale": "fp32"}).items() if name in kernel.arg_names}
+    return kernel, types, constants, {"num_warps": tiles.num_warps}
+
+
+def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    block_m, num_warps, num_stages = score_many.shape_of(getattr(torch, dtype).itemsize)
+    types = dict.fromkeys(("q_idx", "k_idx"), TYPES[dtype])
+    types |= dict.fromkeys(("positions", "block_table", "tiles", "keys", "maxima"), "*i32")
+    types |= dict.fromkeys(("q_stride", "k_stride", "table_stride", "capacity", "max_groups"), "i32")
+    group = select_tiles(512, 2048, 2048, H200).group
+    constants = {"I": 128, "PAGE": PAGE_SIZE, "GROUP": group, "BLOCK_M": block_m, "STAGES": num_stages}
+    return score_many._score_kernel, types, constants, {"num_warps": num_warps}
 
 
 def report(

@@ -73,20 +73,25 @@ def takes(index_dim: int) -> bool:
     return 16 <= index_dim <= _LARGEST_DIM and index_dim & (index_dim - 1) == 0
 
 
+def shape_of(itemsize: int) -> tuple[int, int, int]:
+    """Queries of a tile, warps and pipeline depth: of the dtype alone, so that a score never depends on its chunk."""
+    return (16, 4, 1) if itemsize == 4 else (128, 8, 3)
+
+
 def score_many(
     q_idx: Tensor, k_idx: Tensor, queries: Queries, group: int, shape: tuple[int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """`select.score_keys` for several queries of a sequence: keys [T, capacity] and maxima [T, capacity / group].
 
-    Args: q_idx [T, I], k_idx [N, I] of its dtype or E4M3, I as `takes` says. `shape` (queries of a tile, warps, stages)
-    is for measuring others.
+    Args: q_idx [T, I], k_idx [N, I] of its dtype or E4M3, I as `takes` says; a `shape` other than that of
+    `shape_of` is for measuring.
     """
     num_queries, index_dim = q_idx.shape
     table = queries.block_table
     capacity = table.shape[1] * PAGE_SIZE
     assert takes(index_dim) and k_idx.dtype in (q_idx.dtype, FLOAT8) and queries.cu_seqlens[-1] == num_queries
     assert q_idx.stride(1) == k_idx.stride(1) == table.stride(1) == 1 and queries.positions.is_contiguous()
-    block_m, num_warps, num_stages = shape or ((16, 4, 1) if q_idx.itemsize == 4 else (128, 8, 3))
+    block_m, num_warps, num_stages = shape or shape_of(q_idx.itemsize)
     tiles = query_tiles(queries.cu_seqlens, 1, block_m, q_idx.device)
     keys = torch.empty(num_queries, capacity, dtype=torch.int32, device=q_idx.device)
     maxima = torch.empty(num_queries, capacity // group, dtype=torch.int32, device=q_idx.device)
