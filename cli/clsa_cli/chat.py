@@ -71,6 +71,9 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     max_memory: options.MaxTokensInMemory = None,
+    kv_dtype: options.KvDtype = None,
+    index_dtype: options.IndexDtype = None,
+    weight_dtype: options.WeightDtype = None,
 ) -> None:
     """Talk with a model; /help lists the commands. A pipe works too: one message per line, answers on stdout."""
     params = options.sampling(
@@ -86,7 +89,14 @@ def chat(
     start = [] if system is None else [{"role": "system", "content": check_text(system)}]
     documents = read_documents(file or [])
     # One conversation, so the prefix cache may keep all the memory there is.
-    engine = EngineConfig(max_num_seqs=1, max_tokens_in_memory=max_memory, prefix_cache_bytes=1 << 44)
+    engine = EngineConfig(
+        max_num_seqs=1,
+        max_tokens_in_memory=max_memory,
+        prefix_cache_bytes=1 << 44,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+        weight_dtype=weight_dtype,
+    )
     with options.opened(model, backend, device, dtype, engine) as llm:
         if not llm.tokenizer.has_chat_template:
             raise ClsaError(f"{model} has no chat template, so it cannot chat; use `clsa generate` instead")

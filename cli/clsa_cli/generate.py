@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -99,6 +99,9 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     max_memory: options.MaxTokensInMemory = None,
+    kv_dtype: options.KvDtype = None,
+    index_dtype: options.IndexDtype = None,
+    weight_dtype: options.WeightDtype = None,
 ) -> None:
     """Continue a text, or run a batch of requests from a file."""
     params = options.sampling(
@@ -114,13 +117,16 @@ def generate(
     )
     if logprobs is not None and (not json or input is not None):
         raise RequestError("--logprobs needs --json and --prompt")
+    engine = EngineConfig(
+        max_tokens_in_memory=max_memory, kv_dtype=kv_dtype, index_dtype=index_dtype, weight_dtype=weight_dtype
+    )
     if input is not None or output_ is not None:
         if input is None or output_ is None or prompt is not None:
             raise RequestError("a batch takes --input and --output, and no --prompt")
         if save_cache is not None:
             raise RequestError("--save-cache needs --prompt; a batch may only --load-cache")
         batch = Batch(input, output_)
-        with options.opened(model, backend, device, dtype, EngineConfig(max_tokens_in_memory=max_memory)) as llm:
+        with options.opened(model, backend, device, dtype, engine) as llm:
             _load_cache(llm, load_cache, salt)
             _show_batch(output_, batch.run(llm, model, params, ordered=ordered, salt=salt), json)
         return
@@ -131,8 +137,7 @@ def generate(
     if prompt is None:
         raise RequestError("give --prompt TEXT, --prompt - for stdin, or --input FILE --output FILE")
     text = check_text(read_stdin() if prompt == "-" else prompt)
-    engine = EngineConfig(max_num_seqs=1, max_tokens_in_memory=max_memory)
-    with options.opened(model, backend, device, dtype, engine) as llm:
+    with options.opened(model, backend, device, dtype, replace(engine, max_num_seqs=1)) as llm:
         _load_cache(llm, load_cache, salt)
         if report and not json:
             output.echo_prompt(text)
@@ -220,6 +225,9 @@ def _setting(llm: LLM, model: str, params: SamplingParams) -> dict[str, Any]:
         "backend": llm.backend,
         "device": llm.device,
         "dtype": llm.dtype,
+        "kv_dtype": llm.memory_dtypes.kv,
+        "index_dtype": llm.memory_dtypes.index,
+        "weight_dtype": llm.weight_dtype,
         "model": model,
         "seed": params.seed,
     }
@@ -229,7 +237,8 @@ def _report(llm: LLM, answer: dict[str, Any]) -> None:
     from clsa.params import state_bytes_per_token, transformer_bytes_per_token, window_bytes
 
     config = llm.config
-    state, other = state_bytes_per_token(config, llm.dtype), transformer_bytes_per_token(config, llm.dtype)
+    state = state_bytes_per_token(config, llm.dtype, llm.memory_dtypes)
+    other = transformer_bytes_per_token(config, llm.dtype)
     prompt, cached = answer["prompt_tokens"], answer["cached_tokens"]
     rows = [
         ("backend", llm.why),

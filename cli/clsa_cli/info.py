@@ -13,6 +13,7 @@ from clsa_cli import options, output
 if TYPE_CHECKING:
     from clsa.backend import BackendInfo
     from clsa.checkpoint import Checkpoint
+    from clsa.config import MemoryDtypes
     from clsa.ops import Ops
 
 
@@ -23,18 +24,24 @@ def info(
     backend: options.Backend = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     max_memory: options.MaxTokensInMemory = None,
+    kv_dtype: options.KvDtype = None,
+    index_dtype: options.IndexDtype = None,
+    weight_dtype: options.WeightDtype = None,
 ) -> None:
     """Show a model's sizes and what its state costs, and what each backend would do on this machine."""
-    checkpoint, described = _model(model)
+    engine = EngineConfig(
+        max_tokens_in_memory=max_memory, kv_dtype=kv_dtype, index_dtype=index_dtype, weight_dtype=weight_dtype
+    )
+    checkpoint, described = _model(model, engine.memory_dtypes)
     ops, found = _backends(backend)
-    facts = {"version": __version__, "model": described, **found, "plan": _plan(ops, checkpoint, max_memory)}
+    facts = {"version": __version__, "model": described, **found, "plan": _plan(ops, checkpoint, engine)}
     if json:
         output.write_json(facts)
     else:
         _show(facts)
 
 
-def _model(name: str | None) -> tuple[Checkpoint | None, dict[str, Any] | None]:
+def _model(name: str | None, stored: MemoryDtypes) -> tuple[Checkpoint | None, dict[str, Any] | None]:
     from clsa.checkpoint import open_checkpoint
     from clsa.hub import resolve
 
@@ -46,10 +53,10 @@ def _model(name: str | None) -> tuple[Checkpoint | None, dict[str, Any] | None]:
         output.note(f"no model: {error}")
         return None, None
     checkpoint = open_checkpoint(folder)
-    return checkpoint, _sizes(name or "demo", folder, checkpoint)
+    return checkpoint, _sizes(name or "demo", folder, checkpoint, stored)
 
 
-def _sizes(name: str, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _sizes(name: str, folder: Path, checkpoint: Checkpoint, stored: MemoryDtypes) -> dict[str, Any]:
     from clsa import params
 
     config = checkpoint.config
@@ -61,7 +68,7 @@ def _sizes(name: str, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": params.num_parameters(config),
         "weight_bytes": checkpoint.num_bytes,
         "dtype": dtype,
-        "state_bytes_per_token": params.state_bytes_per_token(config, dtype),
+        "state_bytes_per_token": params.state_bytes_per_token(config, dtype, stored),
         "transformer_bytes_per_token": params.transformer_bytes_per_token(config, dtype),
         "window_bytes_per_sequence": params.window_bytes(config, dtype),
         "context": config.max_position_embeddings,
@@ -82,18 +89,20 @@ def _backends(name: str) -> tuple[Ops | None, dict[str, Any]]:
         return None, {"backends": listed, "choice": None, "refusal": str(error)}
 
 
-def _plan(ops: Ops | None, checkpoint: Checkpoint | None, max_memory: int | None) -> dict[str, Any] | None:
+def _plan(ops: Ops | None, checkpoint: Checkpoint | None, engine: EngineConfig) -> dict[str, Any] | None:
     """How the engine would use the memory of the chosen backend's device, or why it cannot."""
     if ops is None or checkpoint is None:
         return None
     from clsa.llm import default_dtype
     from clsa.plan import make_plan
     from clsa.sizing import plan_sizes
+    from clsa.weights import check_float8
 
-    dtype, engine = default_dtype(ops, checkpoint.config), EngineConfig(max_tokens_in_memory=max_memory)
+    dtype = default_dtype(ops, checkpoint.config)
     try:
+        check_float8(ops, checkpoint.config, engine)
         sizes = plan_sizes(ops, make_plan(checkpoint.config), dtype, engine)
-    except ConfigError as error:
+    except (BackendError, ConfigError) as error:
         return {"refusal": str(error)}
     counts = {"pages": sizes.num_pages, "slots": sizes.num_slots, "snapshots": sizes.num_snapshots}
     return {"dtype": dtype, **counts, **sizes.stats(), "refusal": None}

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clsa.config import DTYPES, EngineConfig, SamplingParams
+from clsa.config import DTYPES, FP8, EngineConfig, SamplingParams
 from clsa_cli import output
 
 if TYPE_CHECKING:
     from clsa.llm import LLM
 
-_WHAT, _HOW, _WHERE = "Model", "Sampling", "Machine"
+_WHAT, _HOW, _WHERE, _SMALL = "Model", "Sampling", "Machine", "8 bits"
 
 
 def check_dtype(value: str | None) -> str | None:
     """For a `--dtype` of a command's own."""
     if value is not None and value not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got {value!r}")
+    return value
+
+
+def _check_fp8(value: str | None) -> str | None:
+    if value not in (None, FP8):
+        raise typer.BadParameter(f"must be {FP8}, or left out for the model's dtype, got {value!r}")
     return value
 
 
@@ -49,6 +55,20 @@ MaxTokensInMemory = Annotated[
         "--max-tokens-in-memory",
         help="Tokens of all prompts and answers together, cached ones too; left out, sized from the free memory.",
         rich_help_panel=_WHERE,
+    ),
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="fp8: K and V of the memory, one byte a number.", callback=_check_fp8, rich_help_panel=_SMALL),
+]
+IndexDtype = Annotated[
+    str | None,
+    typer.Option(help="fp8: the index keys, one byte a number.", callback=_check_fp8, rich_help_panel=_SMALL),
+]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: the weights of the layers, one byte a number.", callback=_check_fp8, rich_help_panel=_SMALL
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_HOW)]

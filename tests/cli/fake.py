@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clsa import ModelConfig, RequestError, SamplingParams
+from clsa.config import MODEL_DTYPE
 from clsa.llm import Progress
 from clsa.outputs import Piece, RequestOutput, TokenLogprob
 
@@ -54,6 +55,7 @@ class FakeLLM:
     """
 
     backend, device, dtype = "fake", "cpu (pretended)", "float32"
+    memory_dtypes, weight_dtype = MODEL_DTYPE, None
     why = "fake on cpu (pretended) (it is the only one)"
     config = CONFIG
 

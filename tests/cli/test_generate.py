@@ -84,6 +84,9 @@ def test_json_is_all_of_stdout(run: Run, fake: FakeLLM) -> None:
         "backend": "fake",
         "device": "cpu (pretended)",
         "dtype": "float32",
+        "kv_dtype": None,
+        "index_dtype": None,
+        "weight_dtype": None,
         "model": "m",
         "seed": 5,
     }
