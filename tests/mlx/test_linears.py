@@ -27,7 +27,8 @@ def weights(dtype: str, *rows: int, width: int = 64) -> list[Any]:
 
 
 def quantized(weight: Any, bits: int = 4) -> QuantizedWeight:
-    return QuantizedWeight(*mx.quantize(weight, group_size=32, bits=bits), 32, bits)
+    packed, scales, biases = mx.quantize(weight, group_size=32, bits=bits)
+    return QuantizedWeight(packed, scales, biases, 32, bits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,3 +73,36 @@ def test_a_joint_goes_with_its_weights(ops: Ops) -> None:
     del own[0]
     gc.collect()
     assert len(linears._joints) == known
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_long_products_run_in_pieces(ops: Ops, bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command buffer of a GPU may take so long that macOS ends it."""
+    from clsa_mlx import linears
+
+    (weight,) = weights("float32", 48)
+    weight = weight if bits is None else quantized(weight, bits)
+    x = mx.random.normal((10, 64))
+    want = ops.to_numpy(ops.linear(x, weight))
+    rows: list[int] = []
+    product = linears._product
+
+    def watched(x: Any, weight: Any) -> Any:
+        rows.append(x.shape[0])
+        return product(x, weight)
+
+    monkeypatch.setattr(linears, "_product", watched)
+    monkeypatch.setattr(linears, "PIECE_FLOPS", 4 * 2 * 48 * 64)
+    monkeypatch.setattr(linears, "on_gpu", lambda: True)
+    np.testing.assert_allclose(ops.to_numpy(ops.linear(x, weight)), want, rtol=1e-5, atol=1e-5)
+    assert rows == [4, 4, 2]
+    assert ops.linear(x.reshape(2, 5, 64), weight).shape == (2, 5, 48)
+
+
+def test_the_default_chunk_of_the_4b_model_is_one_piece() -> None:
+    from clsa import EngineConfig
+    from clsa.bench.sizes import plan_config
+    from clsa_mlx.linears import PIECE_FLOPS
+
+    c = plan_config("4b", "clsa", 1024)
+    assert 2 * EngineConfig().max_tokens_per_step * 2 * c.intermediate_size * c.hidden_size <= PIECE_FLOPS

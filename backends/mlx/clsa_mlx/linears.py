@@ -14,6 +14,9 @@ from clsa_mlx.fused import fused, on_gpu
 from clsa_mlx.kernels.add_rms_norm import add_rms_norm
 from clsa_mlx.quantized import quantized_linear
 
+# Of one product on the GPU: 0.2 s on the slowest chip. macOS ends what keeps the screen waiting much longer.
+PIECE_FLOPS = 1 << 39
+
 _joints: dict[tuple[int, ...], Weight] = {}  # by the ids of the arrays that were joined, while those live
 _sums: dict[int, tuple[mx.array, mx.array]] = {}  # by id: two arrays whose sum it is, while it lives
 
@@ -23,6 +26,20 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def linear(x: mx.array, weight: Weight) -> mx.array:
+    """On the GPU in pieces, if it would take long.
+
+    MLX ends a command buffer after 50 functions, or 50 MB of their inputs; so none holds much more than a piece.
+    """
+    rows, (out, width) = x.size // x.shape[-1], _shape(weight)
+    most = max(1, PIECE_FLOPS // (2 * out * width))
+    if rows <= most or not on_gpu():
+        return _product(x, weight)
+    flat = x.reshape(rows, -1)
+    parts = [_product(flat[first : first + most], weight) for first in range(0, rows, most)]
+    return mx.concatenate(parts).reshape(*x.shape[:-1], out)
+
+
+def _product(x: mx.array, weight: Weight) -> mx.array:
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight)
     return x @ joined((weight,)).T
@@ -34,7 +51,7 @@ def linears(x: mx.array, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
         return tuple(linear(x, weight) for weight in weights)
     out, start, parts = linear(x, joined(weights)), 0, []
     for weight in weights:
-        stop = start + _arrays(weight)[0].shape[0]
+        stop = start + _shape(weight)[0]
         parts.append(out[..., start:stop])
         start = stop
     return tuple(parts)
@@ -123,8 +140,21 @@ def _arrays(weight: Weight) -> tuple[mx.array, ...]:
     return (weight,)
 
 
+def _shape(weight: Weight) -> tuple[int, int]:
+    """[out, in]."""
+    rows, columns = _arrays(weight)[0].shape
+    return rows, columns * 32 // weight.bits if isinstance(weight, QuantizedWeight) else columns
+
+
 def _kind(weight: Weight) -> tuple[object, ...]:
     """What two weights must have in common to be joined."""
     if isinstance(weight, QuantizedWeight):
         return weight.group_size, weight.bits, weight.scales.dtype
     return (weight.dtype,)
+
+
+def close_layer(
+    x: mx.array, o: mx.array, o_proj: Weight, norm: mx.array, eps: float, gate: Weight, up: Weight, down: Weight
+) -> mx.array:
+    x = add_linear(x, o, o_proj)
+    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)
