@@ -99,9 +99,77 @@ def main() -> None:
     lines.append(
         CONCLUSION.format(**figures, aliased=aliased, dense=dense["32"]["ms"], composed=composed, ratio=composed / clsa)
     )
+    for name, section in (("profile", profile_lines), ("long", long_lines)):
+        if (RESULTS / f"{name}.json").exists():
+            lines += section(load(name))
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     parser.parse_args().out.write_text("\n".join(lines), encoding="utf-8")
+
+
+def profile_lines(result: Any) -> list[str]:
+    """Kernels of decode steps, from `scripts/gpu_profile.py`."""
+    lines = [
+        "## Profile of a decode step",
+        "",
+        f"`scripts/gpu_profile.py`, {result['device']}, torch {result['torch']}; floors at {result['read_bandwidth'] / 1e12:.2f} TB/s as read in the same run.",
+        "A kernel is launched before the one in front of it has ended, so the durations of a step add up to more than it takes;",
+        "that lengthens every row, and shares of floors are lower bounds.",
+    ]
+    for row in result["rows"]:
+        lines += [
+            "",
+            f"{row['plan'].upper()}, {row['context']:,} tokens, batch {row['batch']}: the step takes {row['graph_ms']:.3f} ms, its {row['launches']:.0f} launches "
+            f"last {row['summed_us'] / 1e3:.3f} ms together, floor {row['floor_us'] / 1e3:.3f} ms.",
+            "",
+            "| kernel | what | launches | us | share | MB that must move | of its floor |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for kernel in row["kernels"]:
+            name = kernel["kernel"].replace("|", " ")[:48]
+            moved = f"{kernel['bytes'] / 1e6:,.1f}" if kernel["bytes"] else ""
+            floor = f"{kernel['of_floor']:.0%}" if kernel["of_floor"] else ""
+            lines.append(
+                f"| `{name}` | {kernel['what']} | {kernel['launches']:.0f} | {kernel['us']:,.1f} | {kernel['share']:.1%} | {moved} | {floor} |"
+            )
+    return [*lines, ""]
+
+
+def long_lines(result: Any) -> list[str]:
+    """Long runs through the engine, from `scripts/gpu_long.py`; parts that were not run are left out."""
+    lines = ["## Long runs", "", f"`scripts/gpu_long.py`, {result['machine']['device']}, through the engine."]
+    if found := result.get("answer"):
+        grown = {k: found["memory_after"][k] - found["memory_before"][k] for k in found["memory_after"]}
+        lines += [
+            "",
+            f"An answer of {found['tokens']:,} tokens behind {found['context']:,}: steps of {found['first_steps_ms']:.3f} ms at first and {found['last_steps_ms']:.3f} ms at "
+            f"the end (medians of {found['steps_compared']:,}). Growth meanwhile: "
+            + ", ".join(f"{name.replace('_', ' ')} {size / 1e6:+.1f} MB" for name, size in grown.items())
+            + ".",
+        ]
+        if drift := found.get("drift"):
+            same = "the same" if drift["same_argmax"] else "not the same"
+            lines.append(
+                f"Logits of the last position against a fresh prefill of all tokens: relative RMS {drift['relative_rms']:.2g}, where two prefills in "
+                f"steps of different lengths differ by {drift['relative_rms_of_two_prefills']:.2g}; {same} best token."
+            )
+    if found := result.get("million"):
+        long, short = found["long"], found["short"]
+        lines += [
+            "",
+            f"A context of {long['tokens']:,} tokens: prefill {long['prefill_seconds']:.1f} s ({long['prefill_tokens_per_second']:,.0f} tokens/s), state {long['state_bytes'] / 1e9:.2f} GB "
+            f"({long['state_bytes_per_token']:,.0f} bytes a token), a step {long['step_ms']:.2f} ms, {found['step_ratio']:.2f} times the one at {short['tokens']:,} tokens.",
+        ]
+    if found := result.get("serve"):
+        part = "" if found["finished"] else " (ended by its time limit)"
+        lines += [
+            "",
+            f"{found['requests']} requests of {found['context']:,} tokens with answers of {found['answer']:,}, really run{part}: {found['tokens_per_second']:,.0f} output tokens/s over "
+            f"{found['seconds']:.1f} s; the last of them had its first token after {found['seconds_until_all_have_a_token'] or 0:.1f} s.",
+        ]
+        if expected := found.get("by_the_formula_of_paper"):
+            lines.append(f"The formula of `clsa bench paper` gives {expected:,.0f}.")
+    return [*lines, ""]
 
 
 def _step_row(name: str, row: dict[str, Any], target: str) -> str:

@@ -1,0 +1,161 @@
+"""What a decode step's time goes to, kernel by kernel, from a profiler's list of launches; and what each must read.
+
+A trace has no arguments, so bytes are counted from the config: every part of what a step must read belongs to the
+first kernel of `_TABLE` that was launched and claims it. Unknown names keep their own line and have no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from clsa.bench.floors import decode_bytes
+from clsa.config import ModelConfig
+from clsa.params import tensor_shapes
+from clsa.plan import make_plan
+
+SHOWN = 0.01  # of the sum of all durations: what takes less is summed up in one line
+
+
+class Launch(NamedTuple):
+    """One kernel of a trace; times in microseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+
+# Beginning of a kernel's name (after "void "), in words, parts of `part_bytes` that it reads.
+_TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("_close_layer_kernel", "output projection, feed-forward, residuals", ("closing",)),
+    ("_linear_kernel head", "head", ("head",)),
+    ("_linear_kernel", "products", ("projections", "closing", "head")),
+    ("nvjet", "products by cuBLAS", ("projections", "closing", "head")),
+    ("cublas", "products by cuBLAS", ()),
+    ("_attend_kernel sliding", "attention over windows", ("windows",)),
+    ("_attend_kernel", "attention over the memory", ("selected", "dense", "windows")),
+    ("_compact_kernel", "copy of selected rows", ()),
+    ("_score_kernel", "routing: scores", ("index_keys",)),
+    ("_pick_kernel", "routing: top-k", ("scores",)),
+    ("_rms_norm_kernel", "norm", ()),
+    ("_norm_rope_kernel", "QK norm and rotation", ()),
+    ("_swiglu_kernel", "SwiGLU", ()),
+    ("_write_kernel", "writes of state", ()),
+    ("at::native::reduce_kernel", "sampling: reductions", ("logits",)),
+    ("at::native", "other kernels of torch", ()),
+    ("Memset", "memset", ()),
+    ("Memcpy", "copies", ()),
+)
+
+
+def part_bytes(config: ModelConfig, context: int, batch: int, itemsize: int) -> dict[str, int]:
+    """Bytes that a decode step must read, by what they are; the parts of `decode_bytes`, weights split in three."""
+    step = decode_bytes(config, context, batch, itemsize)
+    c = config
+    head = c.vocab_size * c.hidden_size * itemsize
+    closing_names = ("o_proj", "gate_proj", "up_proj", "down_proj")
+    closing = sum(
+        shape[0] * shape[1] * itemsize
+        for name, shape in tensor_shapes(c).items()
+        if any(f".{part}." in name for part in closing_names)
+    )
+    routes = sum(layer.route == "F" for layer in make_plan(c).layers)
+    return {
+        "closing": closing,
+        "head": head,
+        "projections": step.weights - closing - head,
+        "windows": step.windows,
+        "selected": step.selected,
+        "dense": step.dense,
+        "index_keys": step.index_keys,
+        "scores": routes * batch * context * 4,
+        "logits": batch * c.vocab_size * 4,
+    }
+
+
+def step_profile(
+    launches: Sequence[Launch], steps: int, config: ModelConfig, context: int, batch: int, itemsize: int, read: float
+) -> dict[str, Any]:
+    """The table of one step, from the launches of `steps` equal ones; `read` in bytes per second.
+
+    `summed_us` adds durations, `busy_us` is the time in which some kernel runs: where the next kernel starts while
+    the last one ends, the first is longer. Rows are sorted by time; `share` is of `summed_us`, `of_floor` of a row is
+    the time its bytes take at least over its own.
+    """
+    names = [name for step in _split(launches, steps) for name in _told_apart([x.name for x in step], config)]
+    ordered = sorted(launches, key=lambda x: x.start)
+    found: dict[str, list[float]] = {}
+    for name, launch in zip(names, ordered, strict=True):
+        found.setdefault(name, []).append(launch.duration)
+    left = part_bytes(config, context, batch, itemsize)
+    moved = _claims(list(found), left)
+    summed = sum(x.duration for x in launches) / steps
+    rows = [_row(name, durations, steps, summed, moved[name], read) for name, durations in found.items()]
+    rows.sort(key=lambda row: -row["us"])
+    shown = [row for row in rows if row["share"] >= SHOWN]
+    small = rows[len(shown) :]
+    if small:
+        rest = {key: sum(row[key] for row in small) for key in ("launches", "us", "share", "bytes")}
+        shown.append({"kernel": f"{len(small)} others", "what": "below 1 % each", **rest, "of_floor": None})
+    return {
+        "launches": len(launches) / steps,
+        "summed_us": summed,
+        "busy_us": _busy(ordered) / steps,
+        "floor_us": decode_bytes(config, context, batch, itemsize).total / read * 1e6,
+        "kernels": shown,
+    }
+
+
+def _row(name: str, durations: list[float], steps: int, summed: float, moved: int, read: float) -> dict[str, Any]:
+    us = sum(durations) / steps
+    return {
+        "kernel": name,
+        "what": _entry(name)[1],
+        "launches": len(durations) / steps,
+        "us": us,
+        "share": us / summed,
+        "bytes": moved,
+        "of_floor": moved / read * 1e6 / us if moved else None,
+    }
+
+
+def _split(launches: Sequence[Launch], steps: int) -> list[list[Launch]]:
+    if steps < 1 or not launches or len(launches) % steps:
+        raise ValueError(f"{len(launches)} launches are not those of {steps} equal steps")
+    ordered, size = sorted(launches, key=lambda x: x.start), len(launches) // steps
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _told_apart(names: list[str], config: ModelConfig) -> list[str]:
+    """Names of one step in order: attention by what its layer reads, the last product as the head."""
+    kinds = config.layer_types
+    attends = [i for i, name in enumerate(names) if name.startswith("_attend_kernel")]
+    if len(attends) == len(kinds):
+        for i, kind in zip(attends, kinds, strict=True):
+            names[i] = "_attend_kernel sliding" if kind == "sliding_attention" else "_attend_kernel"
+    products = [i for i, name in enumerate(names) if name.startswith("_linear_kernel")]
+    if products:
+        names[products[-1]] = "_linear_kernel head"
+    return names
+
+
+def _entry(name: str) -> tuple[str, str, tuple[str, ...]]:
+    plain = name.removeprefix("void ")
+    return next((entry for entry in _TABLE if plain.startswith(entry[0])), (name, "unknown", ()))
+
+
+def _claims(names: list[str], left: dict[str, int]) -> dict[str, int]:
+    """Bytes by kernel. A part goes to the first claim of the table; kernels of one entry share by coming first."""
+    moved = dict.fromkeys(names, 0)
+    order = {entry[0]: i for i, entry in enumerate(_TABLE)}
+    for name in sorted(names, key=lambda name: order.get(_entry(name)[0], len(order))):
+        moved[name] = sum(left.pop(part, 0) for part in _entry(name)[2])
+    return moved
+
+
+def _busy(ordered: Sequence[Launch]) -> float:
+    total, end = 0.0, float("-inf")
+    for _, start, duration in ordered:
+        total += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return total

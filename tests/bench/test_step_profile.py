@@ -1,0 +1,86 @@
+"""The table of a step's kernels: nothing is lost, nothing is counted twice, unknown names are seen."""
+
+from __future__ import annotations
+
+import pytest
+
+from clsa.bench.floors import decode_bytes
+from clsa.bench.sizes import PLANS, plan_config
+from clsa.config import ModelConfig
+from clsa_cuda.step_profile import Launch, part_bytes, step_profile
+
+CONTEXT, BATCH, READ = 131072, 8, 4e12
+
+
+def step_of(config: ModelConfig, closing: str = "_close_layer_kernel") -> list[tuple[str, float]]:
+    """Kernel names and microseconds of a decode step."""
+    kernels: list[tuple[str, float]] = [("void at::native::indexSelectSmallIndex<c10::BFloat16>(...)", 2.0)]
+    letters = iter(config.index_topk_pattern)
+    for kind in config.layer_types:
+        kernels.append(("_linear_kernel", 8.0))
+        if kind != "sliding_attention" and next(letters) == "F":
+            kernels += [("_score_kernel", 20.0), ("_pick_kernel", 15.0)]
+        kernels += [("_attend_kernel", 10.0), (closing, 30.0)]
+    return [*kernels, ("_linear_kernel", 180.0), ("void at::native::reduce_kernel<512, 1>(...)", 8.0)]
+
+
+def trace(step: list[tuple[str, float]], steps: int, overlap: float = 0.0) -> list[Launch]:
+    launches, now = [], 0.0
+    for name, duration in step * steps:
+        launches.append(Launch(name, now, duration))
+        now += duration - overlap
+    return launches[::-1]  # a profiler promises no order
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("closing", ["_close_layer_kernel", "_linear_kernel"])
+def test_every_byte_and_every_microsecond_is_in_one_row(plan: str, closing: str) -> None:
+    config = plan_config("4b", plan, CONTEXT + 64)
+    step = step_of(config, closing)
+    got = step_profile(trace(step, 3), 3, config, CONTEXT, BATCH, 2, READ)
+    rows = got["kernels"]
+    parts = part_bytes(config, CONTEXT, BATCH, 2)
+    assert sum(row["bytes"] for row in rows) == sum(parts.values())
+    assert sum(parts.values()) - parts["scores"] - parts["logits"] == decode_bytes(config, CONTEXT, BATCH, 2).total
+    assert sum(row["us"] for row in rows) == pytest.approx(got["summed_us"]) == pytest.approx(sum(us for _, us in step))
+    assert sum(row["launches"] for row in rows) == got["launches"] == len(step)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert [row["us"] for row in rows[:-1]] == sorted((row["us"] for row in rows[:-1]), reverse=True)
+
+
+def test_rows_of_clsa_by_hand() -> None:
+    config = plan_config("4b", "clsa", CONTEXT + 64)
+    got = step_profile(trace(step_of(config), 2), 2, config, CONTEXT, BATCH, 2, READ)
+    rows = {row["kernel"]: row for row in got["kernels"]}
+    sliding, memory = rows["_attend_kernel sliding"], rows["_attend_kernel"]
+    assert (sliding["launches"], memory["launches"]) == (16, 16)
+    assert sliding["bytes"] == BATCH * 16 * 512 * 2048 and memory["bytes"] == BATCH * 16 * 2048 * 2048
+    head = rows["_linear_kernel head"]
+    assert head["bytes"] == 2 * 151936 * 2560 and head["us"] == pytest.approx(180)
+    assert head["of_floor"] == pytest.approx(head["bytes"] / READ / 180e-6)
+    closing = rows["_close_layer_kernel"]
+    assert closing["bytes"] == 2 * 32 * (2560 * 2560 + 3 * 2560 * 7680) and closing["us"] == pytest.approx(32 * 30)
+    assert got["kernels"][-1]["kernel"] == "3 others"  # top-k, the reduction, and torch's gather of the embedding
+
+
+def test_overlap_is_told() -> None:
+    config = plan_config("tiny", "clsa", CONTEXT + 64)
+    step = [("_linear_kernel", 10.0), ("_attend_kernel", 10.0)]
+    got = step_profile(trace(step, 4, overlap=2.0), 4, config, CONTEXT, BATCH, 2, READ)
+    assert got["summed_us"] == pytest.approx(20)
+    assert got["busy_us"] == pytest.approx((8 * 8 + 2) / 4)
+    apart = step_profile(trace(step, 4, overlap=-3.0), 4, config, CONTEXT, BATCH, 2, READ)
+    assert apart["busy_us"] == apart["summed_us"] == pytest.approx(20)
+
+
+def test_unknown_kernels_are_visible() -> None:
+    config = plan_config("tiny", "clsa", CONTEXT + 64)
+    got = step_profile(trace([("brand_new<7>", 9.0), ("_linear_kernel", 1.0)], 2), 2, config, CONTEXT, 1, 2, READ)
+    row = got["kernels"][0]
+    assert (row["kernel"], row["what"], row["bytes"], row["of_floor"]) == ("brand_new<7>", "unknown", 0, None)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_unequal_steps_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="equal steps"):
+        step_profile([Launch("x", 0, 1)] * count, 2, plan_config("tiny", "clsa", 200), 100, 1, 2, READ)
