@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from gpu_decode import Bench, measured_read_bandwidth, timed
-
-from clsa_cuda.step_profile import Launch, step_profile
+from step_profile import Launch, step_profile
 
 STEPS = 5
 

@@ -7,7 +7,7 @@ import pytest
 from clsa.bench.floors import decode_bytes
 from clsa.bench.sizes import PLANS, plan_config
 from clsa.config import ModelConfig
-from clsa_cuda.step_profile import Launch, part_bytes, step_profile
+from scripts.step_profile import Launch, part_bytes, step_profile
 
 CONTEXT, BATCH, READ = 131072, 8, 4e12
 
