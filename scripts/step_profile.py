@@ -6,6 +6,7 @@ first kernel of `_TABLE` that was launched and claims it. Unknown names keep the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,19 +26,31 @@ class Launch(NamedTuple):
     duration: float
 
 
+_PRODUCTS = {
+    "qkv": "q, k, v of sliding layers",
+    "kv": "k, v and index key of memories",
+    "q": "q of layers that read a memory",
+    "index_q": "q of the index",
+    "o": "output projections",
+    "gate_up": "gate and up",
+    "down": "down",
+    "head": "head",
+}
+_CLOSING = ("o", "gate_up", "down")
+
 # Beginning of a kernel's name (after "void "), in words, parts of `part_bytes` that it reads.
 _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("_close_layer_kernel", "output projection, feed-forward, residuals", ("closing",)),
-    ("_linear_kernel head", "head", ("head",)),
-    ("_linear_kernel", "products", ("projections", "closing", "head")),
-    ("nvjet", "products by cuBLAS", ("projections", "closing", "head")),
+    ("_close_layer_kernel", "output projection, feed-forward, residuals", _CLOSING),
+    ("_rms_norm_kernel", "norm", ("norms",)),
+    *((f"_linear_kernel {name}", words, (name,)) for name, words in _PRODUCTS.items()),
+    ("_linear_kernel", "products", (*_PRODUCTS, "norms")),
+    ("nvjet", "products by cuBLAS", (*_PRODUCTS, "norms")),
     ("cublas", "products by cuBLAS", ()),
     ("_attend_kernel sliding", "attention over windows", ("windows",)),
     ("_attend_kernel", "attention over the memory", ("selected", "dense", "windows")),
     ("_compact_kernel", "copy of selected rows", ()),
     ("_score_kernel", "routing: scores", ("index_keys",)),
     ("_pick_kernel", "routing: top-k", ("scores",)),
-    ("_rms_norm_kernel", "norm", ()),
     ("_norm_rope_kernel", "QK norm and rotation", ()),
     ("_swiglu_kernel", "SwiGLU", ()),
     ("_write_kernel", "writes of state", ()),
@@ -49,28 +62,61 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def part_bytes(config: ModelConfig, context: int, batch: int, itemsize: int) -> dict[str, int]:
-    """Bytes that a decode step must read, by what they are; the parts of `decode_bytes`, weights split in three."""
+    """Bytes that a decode step must read, by what they are: the parts of `decode_bytes`, weights by product."""
     step = decode_bytes(config, context, batch, itemsize)
-    c = config
-    head = c.vocab_size * c.hidden_size * itemsize
-    closing_names = ("o_proj", "gate_proj", "up_proj", "down_proj")
-    closing = sum(
-        shape[0] * shape[1] * itemsize
-        for name, shape in tensor_shapes(c).items()
-        if any(f".{part}." in name for part in closing_names)
-    )
-    routes = sum(layer.route == "F" for layer in make_plan(c).layers)
-    return {
-        "closing": closing,
-        "head": head,
-        "projections": step.weights - closing - head,
+    weights = dict.fromkeys((*_PRODUCTS, "norms"), 0)
+    for name, shape in tensor_shapes(config).items():
+        weights[_product(name, config)] += itemsize * math.prod(shape)
+    if not config.tie_word_embeddings:  # of the embedding only the rows of the tokens are read
+        weights["head"] -= itemsize * config.vocab_size * config.hidden_size
+    routes = sum(layer.route == "F" for layer in make_plan(config).layers)
+    return weights | {
         "windows": step.windows,
         "selected": step.selected,
         "dense": step.dense,
         "index_keys": step.index_keys,
         "scores": routes * batch * context * 4,
-        "logits": batch * c.vocab_size * 4,
+        "logits": batch * config.vocab_size * 4,
     }
+
+
+def _product(name: str, config: ModelConfig) -> str:
+    """The product that reads a tensor of this name."""
+    parts = name.split(".")
+    if "norm" in name:
+        return "norms"
+    if parts[1] != "layers":
+        return "kv" if parts[1] == "memory" else "head"
+    what = ".".join(parts[3:5])
+    if (
+        config.layer_types[int(parts[2])] == "sliding_attention"
+        and what.startswith("self_attn.")
+        and "o_proj" not in what
+    ):
+        return "qkv"
+    return {
+        "self_attn.q_proj": "q",
+        "self_attn.k_proj": "kv",
+        "self_attn.v_proj": "kv",
+        "self_attn.o_proj": "o",
+        "indexer.q_proj": "index_q",
+        "indexer.k_proj": "kv",
+        "mlp.gate_proj": "gate_up",
+        "mlp.up_proj": "gate_up",
+        "mlp.down_proj": "down",
+    }[what]
+
+
+def _products(config: ModelConfig, closing: bool) -> list[str]:
+    """The products of a step in the order of `clsa.model.forward`; `closing`: those that end a layer too."""
+    names = []
+    for layer in make_plan(config).layers:
+        if layer.window is not None:
+            names.append("qkv")
+        else:
+            names += ["kv"] * layer.writes_memory + ["q"] + ["index_q"] * (layer.route == "F")
+        names += _CLOSING if closing else ()
+    return [*names, "head"]
 
 
 def step_profile(
@@ -127,15 +173,14 @@ def _split(launches: Sequence[Launch], steps: int) -> list[list[Launch]]:
 
 
 def _told_apart(names: list[str], config: ModelConfig) -> list[str]:
-    """Names of one step in order: attention by what its layer reads, the last product as the head."""
-    kinds = config.layer_types
-    attends = [i for i, name in enumerate(names) if name.startswith("_attend_kernel")]
-    if len(attends) == len(kinds):
-        for i, kind in zip(attends, kinds, strict=True):
-            names[i] = "_attend_kernel sliding" if kind == "sliding_attention" else "_attend_kernel"
-    products = [i for i, name in enumerate(names) if name.startswith("_linear_kernel")]
-    if products:
-        names[products[-1]] = "_linear_kernel head"
+    """Names of one step in order, with what each product is for and what attention reads, where their numbers fit."""
+    kinds = ["sliding" if kind == "sliding_attention" else "" for kind in config.layer_types]
+    closing = not any(name.startswith("_close_layer_kernel") for name in names)
+    for kernel, uses in (("_attend_kernel", kinds), ("_linear_kernel", _products(config, closing))):
+        found = [i for i, name in enumerate(names) if name.startswith(kernel)]
+        if len(found) == len(uses):
+            for i, use in zip(found, uses, strict=True):
+                names[i] = f"{kernel} {use}".rstrip()
     return names
 
 
