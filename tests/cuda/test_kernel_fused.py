@@ -12,7 +12,6 @@ from clsa import spec
 from clsa_cuda import plain
 from clsa_cuda.kernels import fused, linear
 from clsa_cuda.kernels.blocks import linears, norm_linears, norm_swiglu
-from clsa_cuda.kernels.close_layer import LayerTiles, close_layer
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
 from clsa_cuda.kernels.tiles import Limits
 from tests.cuda.conftest import DEVICE
@@ -89,7 +88,7 @@ def test_linears_move_the_weights_once_and_change_nothing() -> None:
 
 def tiles(splits: int, rows: int = 20) -> ProductTiles:
     """Rows of no power of two: the last of a tile's block stay empty."""
-    return ProductTiles(rows, 128, splits, num_stages=3, prefetch=2)
+    return ProductTiles(rows, 128, splits, num_stages=3)
 
 
 @pytest.mark.parametrize(
@@ -114,26 +113,6 @@ def test_product(rows: int, out_size: int, in_size: int, splits: int) -> None:
         assert_close("norm_linears", dtype, wide(got), np.concatenate([gate, up], axis=1), case)
         got = linear.product(given, weight, norm=norm, eps=1e-6, swiglu=True, tiles=tiles(splits))
         assert_close("norm_swiglu", dtype, wide(got), spec.swiglu(gate, up), case)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 17, 64])
-@pytest.mark.parametrize("splits", [1, 2])
-def test_close_layer(rows: int, splits: int) -> None:
-    """Fewer programs than tiles, and more; every kind of result is written whole."""
-    rng = np.random.default_rng(0)
-    dtype = "bfloat16" if DEVICE != "cpu" else "float16"
-    hidden, attended, inner = 111, 200, 260
-    x, o = array(rng, dtype, rows, hidden), array(rng, dtype, rows, attended)
-    shapes = ((hidden, attended), (2 * inner, hidden), (hidden, inner))
-    w_o, w_gate_up, w_down = (array(rng, dtype, *shape) * shape[1] ** -0.5 for shape in shapes)
-    norm = array(rng, dtype, hidden)
-    want = spec.close_layer(
-        *(wide(y) for y in (x, o, w_o, norm)), 1e-6, *wide(w_gate_up).reshape(2, inner, hidden), wide(w_down)
-    )
-    for programs in (2, 16):
-        t = LayerTiles(tiles(splits), tiles(splits, 50), tiles(splits), programs, num_warps=4)
-        got = close_layer(part(x), part(o), w_o, norm, 1e-6, w_gate_up, w_down, t)
-        assert_close("close_layer", dtype, wide(got), want, (rows, splits, programs))
 
 
 @pytest.mark.parametrize("rows, splits", [(1, 1), (5, 2)])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clsa.errors import BackendError
 from clsa.ops import HeadNorms
+from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 from clsa_cuda.plain import FLOAT8
@@ -226,8 +227,8 @@ def _attend_kernel(
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & (d < D)[None, :]
-        k_tile = tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0).to(q_tile.dtype)
-        v_tile = tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0).to(q_tile.dtype)
+        k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
+        v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         visible = seen[None, :]
         if PACK > 1:

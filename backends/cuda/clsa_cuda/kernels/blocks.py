@@ -9,7 +9,6 @@ from torch import Tensor
 
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
-from clsa_cuda.kernels.close_layer import close_layer as launch_close_layer
 from clsa_cuda.kernels.fused import rms_norm, swiglu
 from clsa_cuda.kernels.linear import linear, product, takes, takes_norm
 
@@ -39,16 +38,6 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -
 def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
     """`Ops.add_linear`."""
     return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight)
-
-
-def close_layer(
-    x: Tensor, o: Tensor, o_proj: Weight, norm: Tensor, eps: float, gate: Weight, up: Weight, down: Weight
-) -> Tensor:
-    """`Ops.close_layer`."""
-    if takes_norm(x, o_proj) and takes(o, o_proj):
-        return launch_close_layer(x, o, o_proj, norm, eps, joined((gate, up)), down)
-    x = add_linear(x, o, o_proj)
-    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down)
 
 
 def _split(out: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:

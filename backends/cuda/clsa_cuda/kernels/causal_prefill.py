@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries
+from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.prefill import (
     PrefillTiles,
     attend_block,
@@ -70,18 +71,18 @@ def _causal_kernel(
     for at in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
         row = page_rows(table, at, at + n, n >= 0, PAGE, BLOCK_N)
         if BLOCK_D == D:
-            k_tile = tl.load(k + row[:, None] * k_stride).to(q_tile.dtype)
-            v_tile = tl.load(v + row[:, None] * v_stride).to(q_tile.dtype)
+            k_tile = widened(tl.load(k + row[:, None] * k_stride), q_tile)
+            v_tile = widened(tl.load(v + row[:, None] * v_stride), q_tile)
         else:
-            k_tile = tl.load(k + row[:, None] * k_stride, mask=inside, other=0.0).to(q_tile.dtype)
-            v_tile = tl.load(v + row[:, None] * v_stride, mask=inside, other=0.0).to(q_tile.dtype)
+            k_tile = widened(tl.load(k + row[:, None] * k_stride, mask=inside, other=0.0), q_tile)
+            v_tile = widened(tl.load(v + row[:, None] * v_stride, mask=inside, other=0.0), q_tile)
         acc, total, highest = attend_block(q_tile, k_tile, v_tile, inside, acc, total, highest, scale, False)
     for at in tl.range(whole, last + 1, BLOCK_N, num_stages=STAGES):
         key = at + n
         row = page_rows(table, at, key, key <= last, PAGE, BLOCK_N)
         mask = (key <= last)[:, None] & inside
-        k_tile = tl.load(k + row[:, None] * k_stride, mask=mask, other=0.0).to(q_tile.dtype)
-        v_tile = tl.load(v + row[:, None] * v_stride, mask=mask, other=0.0).to(q_tile.dtype)
+        k_tile = widened(tl.load(k + row[:, None] * k_stride, mask=mask, other=0.0), q_tile)
+        v_tile = widened(tl.load(v + row[:, None] * v_stride, mask=mask, other=0.0), q_tile)
         visible = key[None, :] <= position[:, None]
         acc, total, highest = attend_block(q_tile, k_tile, v_tile, visible, acc, total, highest, scale, True)
 

@@ -37,6 +37,16 @@ def _rms_norm_kernel(
 
 
 @triton.jit
+def sine_and_cosine(angle):
+    """Of float32 angles of any size. Reduced to a turn in float64, where it is cheap: far positions take float32 sines
+    through a reduction in local memory."""
+    turns = angle.to(tl.float64) * 0.15915494309189535
+    turns -= tl.floor(turns + 0.5)
+    reduced = (turns * 6.283185307179586).to(tl.float32)
+    return tl.sin(reduced), tl.cos(reduced)
+
+
+@triton.jit
 def _norm_rope_kernel(
     x,  # [T, H, D], tokens x_stride apart
     weight,  # [D]
@@ -68,7 +78,8 @@ def _norm_rope_kernel(
     first = (first * scale[:, None] * w_first[None, :]).to(out.dtype.element_ty).to(tl.float32)
     second = (second * scale[:, None] * w_second[None, :]).to(out.dtype.element_ty).to(tl.float32)
     angle = tl.load(positions + t).to(tl.float32) * tl.load(frequencies + i, mask=i < half, other=0.0)
-    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    sin, cos = sine_and_cosine(angle)
+    sin, cos = sin[None, :], cos[None, :]
     target = out + t * (H * D) + h[:, None] * D + i[None, :]
     tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
     tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)

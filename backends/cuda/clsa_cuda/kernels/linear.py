@@ -11,7 +11,7 @@ from torch import Tensor
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
-from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, ask_for_weights, product_tiles
+from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
 from clsa_cuda.kernels.product import product as multiply
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
@@ -38,7 +38,6 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     SCALED: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
@@ -47,8 +46,6 @@ def _linear_kernel(
 ):
     """Program u: piece u of the product; for the arguments see `product`."""
     unit = tl.program_id(0)
-    if OVERLAP and PREFETCH > 0:
-        ask_for_weights(unit, w, N, K, ROWS, BLOCK_N, BLOCK_K, SPLITS, PREFETCH, SWIGLU)
     wait(OVERLAP)
     multiply(
         unit,
@@ -95,11 +92,6 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return product(x, weight) if takes(x, weight) else F.linear(x, plain.dense(weight, x.dtype))
 
 
-def block_of_rows(num_rows: int) -> int:
-    """What a tile pads the rows to."""
-    return max(16, next_power_of_2(num_rows))
-
-
 def product(
     x: Tensor,
     weight: Weight,
@@ -109,11 +101,10 @@ def product(
     swiglu: bool = False,
     residual: Tensor | None = None,
     tiles: ProductTiles | None = None,
-    num_warps: int = 4,
 ) -> Tensor:
     """x [M, K] by weight [N, K], with the norm before and what comes after it: [M, N], or [M, N / 2] with `swiglu`.
 
-    `tiles` and `num_warps` are for measuring others.
+    `tiles` is for measuring others.
     """
     scaled = isinstance(weight, Float8Weight)
     w, scales = (weight.values, weight.scales) if isinstance(weight, Float8Weight) else (weight, weight)
@@ -124,7 +115,7 @@ def product(
     device = limits(x.device)
     tiles = tiles or product_tiles(num_rows, out_size, in_size, swiglu, device)
     out = torch.empty(num_rows, out_size, dtype=x.dtype, device=x.device)
-    units, block_m = tiles.units(out_size), block_of_rows(num_rows)
+    units, block_m = tiles.units(out_size), max(16, next_power_of_2(num_rows))
     assert units <= MAX_ARRIVALS
     _linear_kernel[units,](
         x,
@@ -147,13 +138,12 @@ def product(
         BLOCK_K=tiles.block_k,
         SPLITS=tiles.splits,
         STAGES=tiles.num_stages,
-        PREFETCH=tiles.prefetch,
         SCALED=scaled,
         NORM=norm is not None,
         SWIGLU=swiglu,
         ADD=residual is not None,
         OVERLAP=device.early_launch,
-        num_warps=num_warps,
+        num_warps=tiles.num_warps,
         **launch_options(device),
     )
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
-from clsa_cuda.kernels.blocks import add_linear, close_layer, linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
@@ -31,7 +31,6 @@ class KernelOps(TorchOps):
     add_linear = staticmethod(add_linear)
     norm_linears = staticmethod(norm_linears)
     norm_swiglu = staticmethod(norm_swiglu)
-    close_layer = staticmethod(close_layer)
     rms_norm = staticmethod(rms_norm)
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from clsa_cuda.kernels.overlap import prefetch
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
 MAX_ROWS = 64
@@ -32,7 +31,7 @@ class ProductTiles:
     block_k: int
     splits: int  # parts of K
     num_stages: int  # tiles of weights in flight
-    prefetch: int  # tiles of weights that are asked for before their time has come
+    num_warps: int = 4
 
     @property
     def block_n(self) -> int:
@@ -60,42 +59,7 @@ def product_tiles(
     stage = max(16, next_power_of_2(rows)) * block_k * 2 * (2 if swiglu else 1)
     stage += max(16, next_power_of_2(num_rows)) * block_k * 2
     stages = max(2, min(6, (device.shared_memory * 3 // 4) // stage))
-    return ProductTiles(max(1, rows), block_k, splits, stages, prefetch=stages)
-
-
-@triton.jit
-def _ask(rows, live, start, K, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
-    """Prefetch BLOCKS blocks of K from `start` of rows [BLOCK_N, 1]: 128 bytes a line."""
-    PER_LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
-    line = tl.arange(0, BLOCK_K // PER_LINE) * PER_LINE
-    for ahead in tl.static_range(BLOCKS):
-        k = tl.minimum(start + ahead * BLOCK_K + line, K - 1)
-        prefetch(rows + tl.where(live[:, None], k[None, :], 0))
-
-
-@triton.jit
-def ask_for_weights(
-    unit,
-    w,
-    N,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SWIGLU: tl.constexpr,
-):
-    """Prefetch the first weights of a piece of `product`."""
-    i = tl.arange(0, BLOCK_N)
-    n = unit // SPLITS * ROWS + i
-    live = (i < ROWS) & (n < N)
-    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    start = unit % SPLITS * ((BLOCKS + SPLITS - 1) // SPLITS) * BLOCK_K
-    rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
-    _ask(rows, live, start, K, BLOCK_K, PREFETCH)
-    if SWIGLU:
-        _ask(rows + tl.cast(N, tl.int64) * K, live, start, K, BLOCK_K, PREFETCH)
+    return ProductTiles(max(1, rows), block_k, splits, stages)
 
 
 @triton.jit

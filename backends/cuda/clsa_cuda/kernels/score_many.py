@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries
+from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.pick import ABSENT, keys_of
 from clsa_cuda.kernels.prefill import load_tile, query_tiles
 from clsa_cuda.kernels.tiles import limits
@@ -57,7 +58,7 @@ def _score_kernel(
     group = tl.arange(0, PAGE // GROUP)
     for page in tl.range(first, stop, num_stages=STAGES):
         row = tl.load(table + page).to(tl.int64) * PAGE + offset
-        k = tl.load(k_idx + row[:, None] * k_stride + d[None, :]).to(q.dtype)
+        k = widened(tl.load(k_idx + row[:, None] * k_stride + d[None, :]), q)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         i = page * PAGE + offset
         key = tl.where(i[None, :] <= last[:, None], keys_of(scores), ABSENT)
