@@ -26,7 +26,7 @@ from clsa.bench.paper import end_to_end
 from clsa.bench.report import commit, machine, versions
 from clsa.bench.runs import bench_decode
 from clsa.bench.steps import prefill_row
-from clsa.config import ModelConfig, SamplingParams
+from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
 from clsa.engine import Engine
 from clsa.errors import ClsaError
 from clsa.model import forward, new_state
@@ -150,7 +150,7 @@ def _drift(run: Run, engine: Engine, config: ModelConfig, tokens: list[int], pag
 def _prefilled(run: Run, config: ModelConfig, tokens: list[int], step: int) -> np.ndarray:
     """Logits of the last token, float32 [V]."""
     plan, pages = make_plan(config), range(num_pages(len(tokens)))
-    state, logits = new_state(run.ops, plan, len(pages) * 64, 1, run.dtype), None
+    state, logits = new_state(run.ops, plan, len(pages) * PAGE_SIZE, 1, run.dtype), None
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
         chunk = SequenceChunk(part, start, pages, 0, "last" if start + step >= len(tokens) else "none")

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_decode import Bench, measured_read_bandwidth, timed
+from gpu_decode import Bench, config_4b, measured_read_bandwidth, timed
 from step_profile import Launch, step_profile
+
+import clsa_cuda
+from clsa.bench.step_gate import step_gate
 
 STEPS = 5
 
@@ -45,6 +48,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--plan", default="clsa")
     args = parser.parse_args()
+    if wrong := step_gate(clsa_cuda.backend.open("cuda"), config_4b(args.plan), "bfloat16"):
+        raise SystemExit(f"nothing is timed: a step of {args.plan}, {wrong}")
     read = measured_read_bandwidth()
     rows = []
     for batch in map(int, args.batches.split(",")):

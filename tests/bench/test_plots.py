@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clsa.bench import plots, timing
 from clsa.bench.sizes import PLANS
 from clsa_cli.main import app
+from scripts import figures
 
 TINY = ("--sizes", "tiny", "--backend", "numpy", "--seconds", "0.001", "--tokens-per-step", "64", "--no-peers")
 PLACES = ("--plans", "transformer,clsa", "--contexts", "100", "--batches", "2")
@@ -126,6 +127,16 @@ def test_unwritable(tmp_path: Path) -> None:
     picture = str(tmp_path / "file" / "it.svg")
     done = CliRunner().invoke(app, ["bench", "plot", str(tmp_path / "it.json"), "--plot", picture])
     assert done.exit_code == 1 and "cannot be written" in done.stderr
+
+
+def test_pictures_of_the_documents_are_those_of_their_results(tmp_path: Path) -> None:
+    """Their words are: where a line runs may change with matplotlib."""
+    names = figures.draw_all(tmp_path)
+    assert "decode-mlx-cpu.svg" in names
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for name in names:
+        assert words(docs / name) == words(tmp_path / name), f"{name} is old: python scripts/figures.py"
+    assert not [name for name in figures.PICTURES if name not in names and (docs / name).exists()]
 
 
 def test_plans_have_names_and_colours() -> None:
