@@ -20,6 +20,8 @@ import mlx.core as mx
 from clsa.config import FP8, MODEL_DTYPE, PAGE_SIZE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import Memory, Window
+from clsa_mlx import kernels
+from clsa_mlx.kernels.attend import warn_of_head_dim
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "int32": mx.int32}
 _FLOAT8_NAN = 0x7F
@@ -48,6 +50,8 @@ def new_memory(
     dtype: str,
     stored: MemoryDtypes = MODEL_DTYPE,
 ) -> Memory:
+    if kernels.enabled:
+        warn_of_head_dim(head_dim)
     rows = (-(-rows // PAGE_SIZE) + 1) * PAGE_SIZE  # whole pages, and one of our own
     shape = (rows, kv_heads, head_dim)
     k_idx = None if index_dim is None else _zeros((rows, index_dim), stored.index or dtype)

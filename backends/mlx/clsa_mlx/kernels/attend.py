@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
 from clsa_mlx.kernels.load import load
+
+_log = logging.getLogger(__name__)
 
 HEADERS = ("load", "attend")
 _REGISTERS = 40  # of a lane, for the queries of its heads and once more for their sums
@@ -18,7 +22,23 @@ _FEWEST_ROWS = 128  # of a part: with less, putting parts together costs more th
 def has_kernel(q: mx.array, keys: mx.array) -> bool:
     """Whether the attention kernels take queries [T, H, D] over keys [N, G, D]: D a multiple of 8 to 256, keys of the
     dtype of the queries or E4M3."""
-    return keys.dtype in (q.dtype, mx.uint8) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return keys.dtype in (q.dtype, mx.uint8) and takes_head_dim(q.shape[-1])
+
+
+def takes_head_dim(head_dim: int) -> bool:
+    """Whether the attention kernels can hold a head of this size."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+@cache
+def warn_of_head_dim(head_dim: int) -> None:
+    """Say, once, that heads of this size have no kernel, if that is so."""
+    if not takes_head_dim(head_dim):
+        _log.warning(
+            "head_dim %d has no Metal kernel (a multiple of 8, at most 256, has): decode steps run as plain MLX "
+            "functions, which is right but several times slower",
+            head_dim,
+        )
 
 
 @dataclass(frozen=True)
