@@ -5,22 +5,39 @@ The kernels take the decode steps of heads that they can hold (`has_kernel`); al
 
 from __future__ import annotations
 
+import weakref
+
 import mlx.core as mx
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection, Window
 from clsa_mlx import kernels
-from clsa_mlx.blocks import after, blocks, join, spans
+from clsa_mlx.blocks import BLOCK_BYTES, after, blocks, join, spans
 from clsa_mlx.fused import on_gpu
 from clsa_mlx.kernels.attend import has_kernel
 from clsa_mlx.kernels.gather_attention import gather_attention as launch_gather_attention
-from clsa_mlx.state import widened, zero_row
+from clsa_mlx.state import gathered, widened, zero_row
 
 
 def gather_attention(q: mx.array, memory: Memory, selection: Selection) -> mx.array:
     if kernels.enabled and has_kernel(q, memory.k):
         return launch_gather_attention(q, memory, selection)
-    return _attend_rows(q, memory, selection.rows)
+    rows = selection.rows
+    if _bytes_per_query(memory, rows) * q.shape[0] > BLOCK_BYTES:
+        return _attend_rows(q, memory, rows)
+    keys, values = _gathered_once(memory, rows, q.dtype)
+    return _attend(q[:, :, None], keys, values, rows[:, None] >= 0)[:, :, 0]
+
+
+def _gathered_once(memory: Memory, rows: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """K and V of selected rows, side by side: all layers that share a memory and a selection share them too."""
+    key = id(memory.k), id(memory.v), id(rows)
+    if key not in gathered:
+        gathered.clear()
+        keys, values = (widened(_gather_heads(x, rows), dtype) for x in (memory.k, memory.v))
+        gathered[key] = keys, values
+        weakref.finalize(rows, gathered.pop, key, None)
+    return gathered[key]
 
 
 def dense_attention(q: mx.array, memory: Memory, queries: Queries) -> mx.array:
@@ -90,13 +107,18 @@ def _visible_rows(queries: Queries) -> mx.array:
 
 def _attend_rows(q: mx.array, memory: Memory, rows: mx.array) -> mx.array:
     """Every query over rows of its own, -1 is none: [T, H, D], [T, S] -> [T, H, D]."""
-    _, kv_heads, head_dim = memory.k.shape
     parts: list[mx.array] = []
-    for first, last in blocks(0, q.shape[0], 4 * rows.shape[1] * kv_heads * head_dim):
+    for first, last in blocks(0, q.shape[0], _bytes_per_query(memory, rows)):
         own = after(parts, rows[first:last])
         keys, values = (widened(_gather_heads(x, own), q.dtype) for x in (memory.k, memory.v))
         parts.append(_attend(q[first:last, :, None], keys, values, own[:, None] >= 0)[:, :, 0])
     return join(parts)
+
+
+def _bytes_per_query(memory: Memory, rows: mx.array) -> int:
+    """Of the keys that a query reads, or the values, in float32."""
+    _, kv_heads, head_dim = memory.k.shape
+    return int(4 * rows.shape[1] * kv_heads * head_dim)
 
 
 def _gather_heads(x: mx.array, rows: mx.array) -> mx.array:

@@ -26,6 +26,9 @@ from clsa_mlx.kernels.attend import warn_of_head_dim
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "int32": mx.int32}
 _FLOAT8_NAN = 0x7F
 
+# Rows of a memory, gathered for one layer, that serve the next until something is written: see clsa_mlx.attention.
+gathered: dict[tuple[int, ...], tuple[mx.array, mx.array]] = {}
+
 
 def widened(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """Stored rows, E4M3 or not, as `dtype`."""
@@ -64,6 +67,7 @@ def new_window(slots: int, window: int, kv_heads: int, head_dim: int, dtype: str
 
 
 def write_memory(memory: Memory, k: mx.array, v: mx.array, k_idx: mx.array | None, slot_mapping: mx.array) -> Memory:
+    gathered.clear()
     memory.k[slot_mapping] = _stored(k, memory.k.dtype)
     memory.v[slot_mapping] = _stored(v, memory.v.dtype)
     if memory.k_idx is not None and k_idx is not None:
