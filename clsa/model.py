@@ -79,15 +79,15 @@ def _memory_layer(
             if not batch.wants_logits:
                 return rows, memory
             rows = rows.narrow(ops, batch)
-    attn = weights["self_attn"]
-    (q,) = _heads(c, ops.norm_linears(rows.x, weights["input_layernorm"], c.rms_norm_eps, (attn["q_proj"],)))
-    if full:
-        q = _positioned(ops, c, q, attn["q_norm"], rows.queries)
     selection = rows.selection
     if layer.route == "F":
         norm, indexer = _memory_norm(params, plan, i), weights["indexer"]
         (q_idx,) = ops.norm_linears(rows.x, norm, c.rms_norm_eps, (indexer["q_proj"],))
         selection = ops.select(q_idx, memory, rows.queries, c.index_topk, c.index_block_size)
+    attn = weights["self_attn"]
+    (q,) = _heads(c, ops.norm_linears(rows.x, weights["input_layernorm"], c.rms_norm_eps, (attn["q_proj"],)))
+    if full:
+        q = _positioned(ops, c, q, attn["q_norm"], rows.queries)
     if layer.route == "D":
         o = ops.dense_attention(q, memory, rows.queries)
     else:

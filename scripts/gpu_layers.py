@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from clsa.ops import HeadNorms, Queries, Window
+from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
+from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import product
 from clsa_cuda.kernels.product import ProductTiles, product_tiles
 from clsa_cuda.kernels.sliding_attention import attend_window
@@ -32,7 +33,7 @@ C, F, HEADS, KV_HEADS, D, W = 2560, 7680, 20, 4, 128, 512
 QKV = (HEADS + 2 * KV_HEADS) * D
 LAYERS, WORKERS = 16, 15
 SHAPES = {"qkv": (QKV, C, False), "output": (C, HEADS * D, False), "gate": (F, C, True), "down": (C, F, False)}
-POSITION = 131072
+POSITION, CONTEXT, TOP_K = 131072, 32768, 2048
 Choice = dict[str, Any]  # ProductTiles of each of SHAPES, AttentionTiles of "attend"
 DEVICE = torch.device("cuda")
 
@@ -40,7 +41,8 @@ DEVICE = torch.device("cuda")
 def defaults(rows: int) -> Choice:
     device = limits(DEVICE)
     start: Choice = {name: product_tiles(rows, *shape, device) for name, shape in SHAPES.items()}
-    return start | {"attend": attention_tiles(rows, KV_HEADS, W, D, 2, device)}
+    attend, gather = (attention_tiles(rows, KV_HEADS, keys, D, 2, device) for keys in (W, TOP_K))
+    return start | {"attend": attend, "gather": gather}
 
 
 def products(rows: int, out_size: int, in_size: int, swiglu: bool) -> list[ProductTiles]:
@@ -67,14 +69,25 @@ def variants(rows: int, start: Choice) -> list[tuple[str, Choice]]:
     out: list[tuple[str, Choice]] = []
     for name, shape in SHAPES.items():
         out += [(name, start | {name: t}) for t in products(rows, *shape)]
-    for block_n, splits, stages, pack in itertools.product((16, 32, 64), (1, 2, 4, 8, 16, 32), (2, 3, 4), (1, 2, 4)):
-        programs = rows * KV_HEADS // pack * splits
-        if splits * block_n > 512 or not 24 <= programs <= 600 or block_n * pack > 128:
+    out += [("attend", start | {"attend": t}) for t in attentions(rows, W)]
+    return out + [("gather", start | {"gather": t}) for t in attentions(rows, TOP_K)]
+
+
+def attentions(rows: int, keys: int) -> list[AttentionTiles]:
+    found = []
+    for block_n, splits, stages, pack, warps in itertools.product(
+        (16, 32, 64, 128), (1, 2, 4, 8, 16, 32), (2, 3, 4), (1, 2, 4), (4, 8)
+    ):
+        programs, columns = rows * KV_HEADS // pack * splits, block_n * pack
+        if splits * block_n > keys or not 24 <= programs <= 1100 or not 16 <= columns <= 128:
             continue
-        if stages * block_n * pack * 512 > 160 << 10 or (stages > 2 and splits * block_n == 512):
+        if (warps == 8 and columns < 128) or (warps == 4 and columns == 128 and pack == 1 and rows < 8):
             continue
-        out.append(("attend", start | {"attend": AttentionTiles(block_n, splits, 4, stages, pack)}))
-    return out
+        blocks = keys // splits // block_n
+        if stages * columns * 512 > 160 << 10 or (stages > 2 and blocks <= stages):
+            continue
+        found.append(AttentionTiles(block_n, splits, warps, stages, pack))
+    return found
 
 
 def compile_some(index: int, rows: list[int]) -> None:
@@ -83,7 +96,7 @@ def compile_some(index: int, rows: list[int]) -> None:
         seen: set[Any] = set()
         for _, choice in [("", defaults(m)), *variants(m, defaults(m))][index::WORKERS]:
             chain.choice = choice
-            for name in ("qkv", "attend", "output", "gate", "down"):
+            for name in ("qkv", "attend", "gather", "output", "gate", "down"):
                 if choice[name] not in seen and (index == 0 or choice[name] != defaults(m)[name]):
                     seen.add(choice[name])
                     try:
@@ -109,6 +122,13 @@ class Chain:
         i = torch.arange(rows, dtype=torch.int32, device=DEVICE)
         self.queries = Queries(i * 0 + POSITION, i, i[:, None], i, tuple(range(rows + 1)), (POSITION + 1,) * rows)
         self.mapping = i * W + POSITION % W
+        pages = CONTEXT // 64 * rows
+        self.memory = Memory(*(torch.randn(pages * 64, KV_HEADS, D, **new) for _ in range(2)), None)
+        chosen = torch.rand(rows, CONTEXT, device=DEVICE).topk(TOP_K).indices.sort().values.int()
+        order = torch.randperm(pages, device=DEVICE).int().reshape(rows, -1)
+        found = order.gather(1, (chosen // 64).long()) * 64 + chosen % 64
+        self.selection = Selection(chosen, found, torch.full((rows,), TOP_K, dtype=torch.int32, device=DEVICE))
+        self.gathers = False
         self.choice = defaults(rows)
         self.projected, self.attended, self.inner = (torch.randn(rows, n, **new) for n in (QKV, HEADS * D, F))
 
@@ -136,10 +156,19 @@ class Chain:
         o, _ = attend_window(q, k, v, norms, self.windows[i], self.queries, self.mapping, self.choice["attend"])
         return o.reshape(self.rows, -1)
 
+    def gather(self, i: int, q: torch.Tensor | None = None) -> torch.Tensor:
+        q = self.attended if q is None else q[:, : HEADS * D]
+        tiles = self.choice["gather"]
+        return gather_attention(
+            q.reshape(self.rows, HEADS, D), self.memory, self.selection, tiles, fresh=False
+        ).reshape(self.rows, -1)
+
     def run(self) -> None:
+        """Sliding layers, or layers that read a selection (with q/k/v products, of which they need q alone)."""
         x = self.x
+        attend = self.gather if self.gathers else self.attend
         for i in range(len(self.windows)):
-            x = self.output(i, x, self.attend(i, self.qkv(i, x)))
+            x = self.output(i, x, attend(i, self.qkv(i, x)))
             x = self.down(i, x, self.gate(i, x))
 
     def wrong(self, want: dict[str, torch.Tensor]) -> float:
@@ -155,6 +184,7 @@ class Chain:
         return {
             "qkv": rms(x) @ w["qkv"].T,
             "attend": self.attend(0).double(),
+            "gather": self.gather(0).double(),
             "output": x + o @ w["o"].T,
             "gate": torch.nn.functional.silu(gate) * up,
             "down": x + h @ w["down"].T,
@@ -183,13 +213,17 @@ def tune(chain: Chain) -> dict[str, Any]:
     start = chain.choice
     want = chain.reference()
     row: dict[str, Any] = {"rows": chain.rows, "wrong": chain.wrong(want), "errors": []}
-    row["default_us"] = best = chain.microseconds()
-    print(f"rows {chain.rows}: {best:.2f} us a layer by default, error {row['wrong']:.4f}", flush=True)
+    best = {}
+    for chain.gathers in (True, False):
+        best[chain.gathers] = chain.microseconds()
+    row["default_us"] = [best[False], best[True]]
+    print(f"rows {chain.rows}: {best[False]:.2f} us a sliding layer, {best[True]:.2f} us one that gathers", flush=True)
     timed: dict[str, list[tuple[float, Choice]]] = {}
     for name, choice in variants(chain.rows, start):
         try:
             chain.choice = choice
             assert (error := chain.wrong(want)) < 1.5e-2, f"wrong by {error}"
+            chain.gathers = name == "gather"
             timed.setdefault(name, []).append((chain.microseconds(), choice))
         except Exception as error:
             row["errors"].append(f"{name} {choice}: {type(error).__name__}: {error}"[:300])
@@ -199,14 +233,23 @@ def tune(chain: Chain) -> dict[str, Any]:
         for us, choice in found[:3]:
             print(f"    {name:9s} {us:7.2f} {choice[name]}", flush=True)
         for _, choice in found[:3]:  # what was best beside the start may not be beside the others
-            chain.choice = chosen | {name: choice[name]}
+            chain.choice, chain.gathers = chosen | {name: choice[name]}, name == "gather"
             us = chain.microseconds()
-            if us < best - 0.05:
-                best, kept = us, chain.choice
-                chosen = dict(kept)
+            if us < best[chain.gathers] - 0.05:
+                best[chain.gathers], chosen = us, dict(chain.choice)
         row.setdefault("tried", {})[name] = [(us, str(choice[name])) for us, choice in found]
-    row["best_us"], row["tiles"] = best, {name: asdict(choice) for name, choice in chosen.items()}
-    print(f"  best {best:.2f}: {chosen}", len(row["errors"]), "errors", row["errors"][:2], flush=True)
+    chain.choice = chosen
+    for chain.gathers in (True, False):
+        best[chain.gathers] = chain.microseconds()
+    row["best_us"] = [best[False], best[True]]
+    row["tiles"] = {name: asdict(choice) for name, choice in chosen.items()}
+    print(
+        f"  best {best[False]:.2f}, {best[True]:.2f}: {chosen}",
+        len(row["errors"]),
+        "errors",
+        row["errors"][:2],
+        flush=True,
+    )
     return row
 
 

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from clsa.config import MODEL_DTYPE, MemoryDtypes
 from clsa.errors import BackendError
-from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import (
+    Compute,
+    HeadNorms,
+    Memory,
+    QuantizedWeight,
+    Queries,
+    Sampled,
+    SamplingBatch,
+    Selection,
+    Weight,
+    Window,
+)
 from clsa_cuda import plain
 from clsa_cuda.distill import Teacher, index_kd_loss, query_blocks, wide
 

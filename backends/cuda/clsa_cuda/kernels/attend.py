@@ -20,6 +20,7 @@ from torch import Tensor
 from clsa.errors import BackendError
 from clsa.ops import HeadNorms
 from clsa_cuda.kernels.float8 import widened
+from clsa_cuda.kernels.fused import sine_and_cosine
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 from clsa_cuda.plain import FLOAT8
@@ -116,8 +117,23 @@ def _normed_and_turned(heads, mask, norm, frequencies, position, eps, D: tl.cons
     wide = (wide * scale * w_x).to(x.dtype).to(tl.float32)
     y = (y * scale * w_y).to(x.dtype).to(tl.float32)
     angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=there, other=0.0)
-    sine = tl.where(d < D // 2, -tl.sin(angle), tl.sin(angle))
-    return (wide * tl.cos(angle)[None, :] + y * sine[None, :]).to(x.dtype)
+    sine, cosine = sine_and_cosine(angle)
+    sine = tl.where(d < D // 2, -sine, sine)
+    return (wide * cosine[None, :] + y * sine[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _attend_to(q_tile, k_tile, v_tile, visible, scale, acc, total, highest):
+    """One block of keys [COLUMNS, BLOCK_D] in the running softmax of a tile of heads."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
+    weights = tl.exp2(scores - reference[:, None])
+    keep = tl.exp2(highest - reference)
+    total = total * keep + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * keep[:, None], input_precision="ieee")
+    return acc, total, new_highest
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -160,23 +176,17 @@ def _attend_kernel(
     SIZE: tl.constexpr,  # "list": K; "pages": tokens of a page; "ring": W; "block": rows of a query
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,  # "ring" only: q and own_k are projections; norm, turn, and write the token to the ring
+    FRESH: tl.constexpr,  # whether more than q and the own tokens may have been made by the kernel in front
     OVERLAP: tl.constexpr,
 ):
     """Program (t * PARTS + part, split): see above."""
-    wait(OVERLAP)
+    if FRESH:
+        wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // PARTS
     g = tl.program_id(0) % PARTS * PACK  # the first of the KV heads
     split = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    first_head = t * H + g * REPEAT
-    head = first_head + h
-    q_mask = (h < PACK * REPEAT)[:, None] & (d < D)[None, :]
-    heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D
-    if WINDOW:
-        q_tile = _normed_and_turned(heads, q_mask, q_norm, frequencies, tl.load(lengths + t), eps, D, BLOCK_D)
-    else:
-        q_tile = tl.load(heads + d[None, :], mask=q_mask, other=0.0)
 
     base = t * SIZE
     position = 0
@@ -192,56 +202,65 @@ def _attend_kernel(
         elif SOURCE == "ring":
             count = tl.minimum(tl.maximum(position, 0), SIZE - 1)
             base = tl.load(rows + t).to(tl.int64) * SIZE
-
-    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
-        if (split == 0) & (position >= 0):
-            place = (g + h // REPEAT)[:, None] * D + d[None, :]
-            mine_v = tl.load(own_v + t * own_v_stride + place, mask=q_mask, other=0.0)
-            if WINDOW:
-                heads = own_k + t * own_k_stride + (g + h // REPEAT)[:, None] * D
-                mine_k = _normed_and_turned(heads, q_mask, k_norm, frequencies, position, eps, D, BLOCK_D)
-                to = tl.load(mapping + t).to(tl.int64)
-                # Nobody reads this row now: it held position p - W, or nothing.
-                first_of_its_head = q_mask & (h % REPEAT == 0)[:, None] & (to >= 0)
-                tl.store(k + to * k_stride + place, mine_k, mask=first_of_its_head)
-                tl.store(v + to * v_stride + place, mine_v, mask=first_of_its_head)
-            else:
-                mine_k = tl.load(own_k + t * own_k_stride + place, mask=q_mask, other=0.0)
-            highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32), axis=1) * scale
-            total = tl.full([BLOCK_H], 1.0, tl.float32)
-            acc += mine_v.to(tl.float32)
-
     num_blocks = tl.cdiv(count, BLOCK_N)
     per_split = tl.cdiv(num_blocks, splits)
     first = split * per_split
     stop = tl.minimum(first + per_split, num_blocks)
     COLUMNS: tl.constexpr = BLOCK_N * PACK
     own = tl.arange(0, COLUMNS) % PACK  # KV head of a column
-    own_rows = own[None, :] == (h // REPEAT)[:, None]
     place = (g + own)[:, None] * D + d[None, :]
-    for block in tl.range(first, stop, num_stages=STAGES):
+    d_mask = (d < D)[None, :]
+    # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
+    start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
+    row, seen = _rows_of_block(start, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
+    seen_first = seen & (first < stop)
+    k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    if not FRESH:
+        wait(OVERLAP)
+
+    first_head = t * H + g * REPEAT
+    head = first_head + h
+    q_mask = (h < PACK * REPEAT)[:, None] & d_mask
+    heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D
+    if WINDOW:
+        q_tile = _normed_and_turned(heads, q_mask, q_norm, frequencies, position, eps, D, BLOCK_D)
+    else:
+        q_tile = tl.load(heads + d[None, :], mask=q_mask, other=0.0)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
+        if (split == 0) & (position >= 0):
+            own_place = (g + h // REPEAT)[:, None] * D + d[None, :]
+            mine_v = tl.load(own_v + t * own_v_stride + own_place, mask=q_mask, other=0.0)
+            if WINDOW:
+                heads = own_k + t * own_k_stride + (g + h // REPEAT)[:, None] * D
+                mine_k = _normed_and_turned(heads, q_mask, k_norm, frequencies, position, eps, D, BLOCK_D)
+                to = tl.load(mapping + t).to(tl.int64)
+                # Nobody reads this row now: it held position p - W, or nothing.
+                first_of_its_head = q_mask & (h % REPEAT == 0)[:, None] & (to >= 0)
+                tl.store(k + to * k_stride + own_place, mine_k, mask=first_of_its_head)
+                tl.store(v + to * v_stride + own_place, mine_v, mask=first_of_its_head)
+            else:
+                mine_k = tl.load(own_k + t * own_k_stride + own_place, mask=q_mask, other=0.0)
+            highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32), axis=1) * scale
+            total = tl.full([BLOCK_H], 1.0, tl.float32)
+            acc += mine_v.to(tl.float32)
+
+    together = (own[None, :] == (h // REPEAT)[:, None]) if PACK > 1 else (h >= 0)[:, None]
+    for block in tl.range(first + 1, stop, num_stages=STAGES):
         row, seen = _rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
-            mask = mask & (d < D)[None, :]
+            mask = mask & d_mask
         k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-        visible = seen[None, :]
-        if PACK > 1:
-            visible = visible & own_rows
-        scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
-        weights = tl.exp2(scores - reference[:, None])
-        keep = tl.exp2(highest - reference)
-        total = total * keep + tl.sum(weights, axis=1)
-        acc = acc * keep[:, None]
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        highest = new_highest
+        acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :] & together, scale, acc, total, highest)
+    k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
+    acc, total, highest = _attend_to(
+        q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
+    )
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if not SPLIT:
@@ -276,6 +295,7 @@ def attend_rows(
     sequence: Tensor | None,
     tiles: AttentionTiles,
     arrival: Arrival | None = None,
+    fresh: bool = False,
 ) -> Tensor:
     """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D]."""
     num_queries, num_heads, head_dim = q.shape
@@ -331,6 +351,7 @@ def attend_rows(
         SIZE=size,
         STAGES=tiles.num_stages,
         WINDOW=arrival is not None,
+        FRESH=fresh,
         OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
         **launch_options(device),

@@ -14,11 +14,18 @@ from clsa_cuda.kernels.attend import attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, next_power_of_2
 
 
-def gather_attention(q: Tensor, memory: Memory, selection: Selection, tiles: AttentionTiles | None = None) -> Tensor:
-    """`Ops.gather_attention`; `tiles` is for measuring others. Rows lie before the first -1."""
+def gather_attention(
+    q: Tensor, memory: Memory, selection: Selection, tiles: AttentionTiles | None = None, fresh: bool = True
+) -> Tensor:
+    """`Ops.gather_attention`; `tiles` is for measuring others. Rows lie before the first -1.
+
+    `fresh` False promises that the selection was not made by the last launch, so its rows may be read ahead of it.
+    """
     k = selection.rows.shape[1]
     tiles = tiles or _tiles(q, memory.k, k)
-    return attend_rows("list", k, q, (memory.k, memory.v), None, selection.rows, selection.lengths, None, tiles)
+    return attend_rows(
+        "list", k, q, (memory.k, memory.v), None, selection.rows, selection.lengths, None, tiles, fresh=fresh
+    )
 
 
 def _tiles(q: Tensor, k: Tensor, max_keys: int) -> AttentionTiles:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
-from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
+from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
 from clsa_cuda.kernels.product import product as multiply
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
@@ -46,7 +46,6 @@ def _linear_kernel(
 ):
     """Program u: piece u of the product; for the arguments see `product`."""
     unit = tl.program_id(0)
-    wait(OVERLAP)
     multiply(
         unit,
         x,
@@ -73,6 +72,7 @@ def _linear_kernel(
         NORM,
         SWIGLU,
         ADD,
+        OVERLAP,
     )
 
 

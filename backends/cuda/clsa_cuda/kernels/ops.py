@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
+from clsa.ops import HeadNorms, Memory, Queries, Selection, Weight, Window
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
@@ -26,10 +28,11 @@ class KernelOps(TorchOps):
     The plain torch ops remain for a selection of blocks, and for an index_topk above `MAX_SELECTED`.
     """
 
+    _selected: Tensor | None = None  # rows of a selection that may be what the last launch made
+
     linear = staticmethod(linear)
     linears = staticmethod(linears)
     add_linear = staticmethod(add_linear)
-    norm_linears = staticmethod(norm_linears)
     norm_swiglu = staticmethod(norm_swiglu)
     rms_norm = staticmethod(rms_norm)
     norm_rope = staticmethod(norm_rope)
@@ -37,13 +40,19 @@ class KernelOps(TorchOps):
     write_memory = staticmethod(write_memory)
     write_window = staticmethod(write_window)
 
-    def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
-        return gather_attention(q, memory, selection)
+    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+        self._selected = None
+        return norm_linears(x, norm, eps, weights)
 
     def select(self, q_idx: Tensor, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
         if block_size > 1 or k > MAX_SELECTED:
             return TorchOps.select(q_idx, memory, queries, k, block_size)
-        return select(q_idx, memory, queries, k, block_size)
+        selection = select(q_idx, memory, queries, k, block_size)
+        self._selected = selection.rows
+        return selection
+
+    def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
+        return gather_attention(q, memory, selection, fresh=selection.rows is self._selected)
 
     def dense_attention(self, q: Tensor, memory: Memory, queries: Queries) -> Tensor:
         return (causal_prefill if asks_many(queries) else dense_attention)(q, memory, queries)

@@ -1,7 +1,8 @@
 """Programmatic dependent launch: a kernel gets going while the one in front of it still finishes (sm_90 and later).
 
 Every kernel that is launched with `launch_pdl` must call `wait` in all its programs before it reads what a kernel
-before it wrote, and before it writes anything at all.
+before it wrote, and before it writes anything at all. Earlier it may read what no kernel writes, such as weights, and
+what was written at least two launches ago: the kernel in front let it start after its own wait.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
 MAX_ROWS = 64
@@ -46,31 +47,42 @@ class ProductTiles:
         return 0 if self.splits == 1 else parts * (self.block_n * (2 if swiglu else 1) + 1)
 
 
-def product_tiles(
-    num_rows: int, out_size: int, in_size: int, swiglu: bool, device: Limits, block_k: int = 256
-) -> ProductTiles:
-    """A tile for every multiprocessor, or several where one would be too large (docs/log.md)."""
-    splits = 1 if num_rows <= 16 or swiglu else 4
-    while splits > 1 and in_size // splits < 2 * block_k:
-        splits //= 2
+def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, device: Limits) -> ProductTiles:
+    """A tile for every multiprocessor, as deep a pipeline as fits; measured on an H200 (docs/log.md)."""
+    splits = 1 if swiglu or in_size < 4 * 256 else 2
     rows = triton.cdiv(out_size * splits, device.sm_count)
-    rows = triton.cdiv(rows, triton.cdiv(rows, _MAX_BLOCK))
-    block_k = min(block_k, next_power_of_2(in_size))
-    stage = max(16, next_power_of_2(rows)) * block_k * 2 * (2 if swiglu else 1)
-    stage += max(16, next_power_of_2(num_rows)) * block_k * 2
-    stages = max(2, min(6, (device.shared_memory * 3 // 4) // stage))
-    return ProductTiles(max(1, rows), block_k, splits, stages)
+    waves = triton.cdiv(rows, _MAX_BLOCK)
+    rows = triton.cdiv(rows, waves)
+    many = waves > 4  # then programs overlap each other, and smaller ones leave room for it
+    block_k, num_warps = (128, 8) if swiglu and not many else (128, 4) if many else (256, 4)
+    room = device.shared_memory * (1 if many else 3) // 4
+    stage = max(16, next_power_of_2(rows)) * (2 if swiglu else 1) + max(16, next_power_of_2(num_rows))
+    block_k = min(block_k, max(16, next_power_of_2(in_size)))
+    stages = max(2, min(8, room // (stage * block_k * 2)))
+    return ProductTiles(max(1, rows), block_k, 1 if many else splits, stages, num_warps)
+
+
+@triton.jit
+def _add(acc, up_acc, square, x_tile, w_tile, up_tile, norm_tile, NORM: tl.constexpr, SWIGLU: tl.constexpr):
+    """One block of K in the sums: products with w and up [BLOCK_N, BLOCK_M], squares of x [BLOCK_K, BLOCK_M]."""
+    if NORM:
+        wide = x_tile.to(tl.float32)
+        square += wide * wide
+        x_tile = (wide * norm_tile.to(tl.float32)[:, None]).to(x_tile.dtype)
+    acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc)
+    if SWIGLU:
+        up_acc = tl.dot(up_tile.to(x_tile.dtype), x_tile, up_acc)
+    return acc, up_acc, square
 
 
 @triton.jit
 def _sums(
     x_rows,
-    m,
-    M,
+    m_live,
     norm,
     w_rows,
     up_rows,
-    live,
+    n_live,
     first,
     stop,
     K: tl.constexpr,
@@ -80,25 +92,37 @@ def _sums(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_M] twice, [BLOCK_M]: the products with w and up, and the squares of x, over some blocks of K."""
     i = tl.arange(0, BLOCK_K)
+    k = first * BLOCK_K + i
+    # The first weights come while the kernel in front still makes x, and are used last.
+    w_first = tl.load(w_rows + k[None, :], mask=n_live[:, None] & (k < K)[None, :], other=0.0)
+    up_first = w_first
+    if SWIGLU:
+        up_first = tl.load(up_rows + k[None, :], mask=n_live[:, None] & (k < K)[None, :], other=0.0)
+    norm_first = w_first
+    if NORM:
+        norm_first = tl.load(norm + k, mask=k < K, other=0.0)
+    wait(OVERLAP)
+    x_first = tl.load(x_rows + k[:, None], mask=m_live[None, :] & (k < K)[:, None], other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     square = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
-    for block in tl.range(first, stop, num_stages=STAGES):
+    for block in tl.range(first + 1, stop, num_stages=STAGES):
         k = block * BLOCK_K + i
-        mask = live[:, None] & (k < K)[None, :]
-        x_tile = tl.load(x_rows + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        mask = n_live[:, None] & (k < K)[None, :]
+        x_tile = tl.load(x_rows + k[:, None], mask=m_live[None, :] & (k < K)[:, None], other=0.0)
         w_tile = tl.load(w_rows + k[None, :], mask=mask, other=0.0)
-        if NORM:
-            wide = x_tile.to(tl.float32)
-            square += wide * wide
-            x_tile = (wide * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[:, None]).to(x_tile.dtype)
-        acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc)
+        up_tile = w_tile
         if SWIGLU:
             up_tile = tl.load(up_rows + k[None, :], mask=mask, other=0.0)
-            up_acc = tl.dot(up_tile.to(x_tile.dtype), x_tile, up_acc)
+        norm_tile = w_tile
+        if NORM:
+            norm_tile = tl.load(norm + k, mask=k < K, other=0.0)
+        acc, up_acc, square = _add(acc, up_acc, square, x_tile, w_tile, up_tile, norm_tile, NORM, SWIGLU)
+    acc, up_acc, square = _add(acc, up_acc, square, x_first, w_first, up_first, norm_first, NORM, SWIGLU)
     return acc, up_acc, tl.sum(square, axis=0)
 
 
@@ -168,8 +192,9 @@ def product(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """ROWS outputs of all rows of x, over a part of K."""
+    """ROWS outputs of all rows of x, over a part of K; waits for the kernel in front."""
     tile = unit // SPLITS
     split = unit % SPLITS
     i = tl.arange(0, BLOCK_N)
@@ -184,7 +209,22 @@ def product(
     up_rows = w_rows + tl.cast(N, tl.int64) * K
     x_rows = x + m.to(tl.int64)[None, :] * x_stride
     acc, up, square = _sums(
-        x_rows, m, M, norm, w_rows, up_rows, live, first, stop, K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, NORM, SWIGLU
+        x_rows,
+        m < M,
+        norm,
+        w_rows,
+        up_rows,
+        live,
+        first,
+        stop,
+        K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        NORM,
+        SWIGLU,
+        OVERLAP,
     )
     if SPLITS == 1:
         _store(
