@@ -219,7 +219,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, dtype: str, value: float) -
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", list(tensor_file.NUMPY_DTYPES.values()), ids=str)
+@pytest.mark.parametrize("dtype", list(tensor_file.FLOAT_DTYPES.values()), ids=str)
 def test_finite_is_judged_over_all_chunks(monkeypatch: pytest.MonkeyPatch, dtype: np.dtype[Any]) -> None:
     monkeypatch.setattr(tensor_file, "_CHUNK", 7)
     extremes = np.array([0, -0.0, ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min], dtype)
