@@ -46,10 +46,40 @@ _NODE = re.compile(r'\{ (\d+) \[label ="([^"]*)"')
 
 @dataclass
 class Opaque:
-    """Kernels that are no node of MLX's graph here: their names, and bytes read and written."""
+    """Stands in for MLX's GPU functions: on a machine without a GPU MLX would take them apart, or refuse."""
 
+    config: ModelConfig
     names: list[str] = field(default_factory=list)
-    bytes: int = 0
+    bytes: int = 0  # read and written
+
+    def launch(self, name: str, inputs: Sequence[Any], shapes: Sequence[Any], dtypes: Sequence[Any]) -> list[mx.array]:
+        arrays = [x for x in inputs if isinstance(x, mx.array)]
+        read = [x.nbytes for x in arrays]
+        if name == "clsa_gather_attention":  # keys and values
+            read[1:3] = [self.config.index_topk * x.nbytes // x.shape[0] for x in arrays[1:3]]
+        self.names.append(name)
+        self.bytes += sum(read) + sum(map(_size, shapes, dtypes))
+        first = mx.depends(mx.zeros(shapes[0], dtypes[0]), arrays)
+        return [first, *(mx.depends(mx.zeros(*made), [first]) for made in zip(shapes[1:], dtypes[1:], strict=True))]
+
+    def rms_norm(self, x: mx.array, weight: mx.array, eps: float) -> mx.array:
+        return self.launch("rms_norm", [x, weight], [x.shape], [x.dtype])[0]
+
+    def attention(self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array) -> mx.array:
+        return self.launch("scaled_dot_product_attention", [q, k, v, mask], [q.shape], [q.dtype])[0]
+
+    def dequantize(self, packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
+        shape = (packed.shape[0], scales.shape[1] * group_size)
+        return self.launch("dequantize", [packed, scales, biases], [shape], [scales.dtype])[0]
+
+    def metal_kernel(self, name: str, **_: Any) -> Callable[..., list[mx.array]]:
+        def launch(inputs: Any, output_shapes: Any, output_dtypes: Any, init_value: Any = None, **_: Any) -> Any:
+            if init_value is not None:
+                self.names.extend(["fill of outputs"] * len(output_shapes))
+                self.bytes += sum(map(_size, output_shapes, output_dtypes))
+            return self.launch(name, inputs, output_shapes, output_dtypes)
+
+        return launch
 
 
 def count_launches(config: ModelConfig, max_tokens: int, *, with_kernels: bool) -> Counter[str]:
@@ -156,46 +186,13 @@ def _joined(weights: Sequence[Weight]) -> Weight:
 @contextmanager
 def _as_on_metal(config: ModelConfig, *, with_kernels: bool) -> Iterator[Opaque]:
     """MLX builds graphs as for a GPU, without launching anything."""
-    opaque = Opaque()
-
-    def stand_in(name: str, inputs: Sequence[Any], shapes: Sequence[Any], dtypes: Sequence[mx.Dtype]) -> list[mx.array]:
-        # On a machine without a GPU MLX would take these functions apart, or refuse.
-        arrays = [x for x in inputs if isinstance(x, mx.array)]
-        read = [x.nbytes for x in arrays]
-        if name == "clsa_gather_attention":  # keys and values
-            read[1:3] = [config.index_topk * x.nbytes // x.shape[0] for x in arrays[1:3]]
-        opaque.names.append(name)
-        opaque.bytes += sum(read) + sum(map(_size, shapes, dtypes))
-        first = mx.depends(mx.zeros(shapes[0], dtypes[0]), arrays)
-        return [first, *(mx.depends(mx.zeros(*made), [first]) for made in zip(shapes[1:], dtypes[1:], strict=True))]
-
-    def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-        return stand_in("rms_norm", [x, weight], [x.shape], [x.dtype])[0]
-
-    def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array) -> mx.array:
-        return stand_in("scaled_dot_product_attention", [q, k, v, mask], [q.shape], [q.dtype])[0]
-
-    def dequantize(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
-        shape = (packed.shape[0], scales.shape[1] * group_size)
-        return stand_in("dequantize", [packed, scales, biases], [shape], [scales.dtype])[0]
-
-    def metal_kernel(name: str, **_: Any) -> Callable[..., list[mx.array]]:
-        def launch(
-            inputs: Any, output_shapes: Any, output_dtypes: Any, init_value: Any = None, **_: Any
-        ) -> list[mx.array]:
-            if init_value is not None:
-                opaque.names.extend(["fill of outputs"] * len(output_shapes))
-                opaque.bytes += sum(map(_size, output_shapes, output_dtypes))
-            return stand_in(name, inputs, output_shapes, output_dtypes)
-
-        return launch
-
+    opaque = Opaque(config)
     patched = [
         (mx, "default_device", lambda: mx.Device(mx.gpu)),
-        (mx, "dequantize", dequantize),
-        (mx.fast, "metal_kernel", metal_kernel),
-        (mx.fast, "rms_norm", rms_norm),
-        (mx.fast, "scaled_dot_product_attention", attention),
+        (mx, "dequantize", opaque.dequantize),
+        (mx.fast, "metal_kernel", opaque.metal_kernel),
+        (mx.fast, "rms_norm", opaque.rms_norm),
+        (mx.fast, "scaled_dot_product_attention", opaque.attention),
         (kernels, "enabled", with_kernels),
         (linears, "joined", _joined),
     ]
