@@ -40,7 +40,9 @@ DEVICE = torch.device("cuda")
 
 def defaults(rows: int) -> Choice:
     device = limits(DEVICE)
-    start: Choice = {name: product_tiles(rows, *shape, device) for name, shape in SHAPES.items()}
+    start: Choice = {
+        name: product_tiles(rows, *shape, name in ("qkv", "gate"), device) for name, shape in SHAPES.items()
+    }
     attend, gather = (attention_tiles(rows, KV_HEADS, keys, D, 2, device) for keys in (W, TOP_K))
     return start | {"attend": attend, "gather": gather}
 

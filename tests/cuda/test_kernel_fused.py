@@ -133,9 +133,10 @@ def test_products_of_float8_weights(rows: int, splits: int) -> None:
 @pytest.mark.parametrize(
     "out_size, in_size, swiglu", [(3584, 2560, False), (7680, 2560, True), (2560, 7680, False), (10, 16, True)]
 )
-def test_tiles_fill_their_waves(rows: int, out_size: int, in_size: int, swiglu: bool) -> None:
+@pytest.mark.parametrize("norm", [False, True])
+def test_tiles_fill_their_waves(rows: int, out_size: int, in_size: int, swiglu: bool, norm: bool) -> None:
     device = Limits(132, 227 << 10)
-    t = product_tiles(rows, out_size, in_size, swiglu, device)
+    t = product_tiles(rows, out_size, in_size, swiglu, norm, device)
     waves = -(-t.units(out_size) // device.sm_count)
     assert t.units(out_size) >= 0.9 * waves * device.sm_count or out_size < device.sm_count
     assert t.rows <= t.block_n <= 64

@@ -113,7 +113,7 @@ def product(
     if x.stride(1) != 1:
         x = x.contiguous()
     device = limits(x.device)
-    tiles = tiles or product_tiles(num_rows, out_size, in_size, swiglu, device)
+    tiles = tiles or product_tiles(num_rows, out_size, in_size, swiglu, norm is not None, device)
     out = torch.empty(num_rows, out_size, dtype=x.dtype, device=x.device)
     units, block_m = tiles.units(out_size), max(16, next_power_of_2(num_rows))
     assert units <= MAX_ARRIVALS

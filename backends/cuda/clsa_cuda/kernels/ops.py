@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from clsa.ops import HeadNorms, Memory, Queries, Selection, Weight, Window
+from clsa.ops import HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Weight, Window
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
+from clsa_cuda.kernels.greedy import greedy
 from clsa_cuda.kernels.linear import linear
 from clsa_cuda.kernels.prefill import asks_many
 from clsa_cuda.kernels.select import select
@@ -73,3 +74,8 @@ class KernelOps(TorchOps):
     ) -> tuple[Tensor, Window]:
         run = attend_window if queries.one_each else super().attend_window
         return run(q, k, v, norms, window, queries, ring_mapping)
+
+    def sample(self, logits: Tensor, sampling: SamplingBatch) -> Sampled:
+        if sampling.all_greedy and sampling.penalty_tokens is None and sampling.num_logprobs is None:
+            return Sampled(greedy(logits), None, None, None)
+        return TorchOps.sample(logits, sampling)

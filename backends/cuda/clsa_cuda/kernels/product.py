@@ -47,19 +47,22 @@ class ProductTiles:
         return 0 if self.splits == 1 else parts * (self.block_n * (2 if swiglu else 1) + 1)
 
 
-def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, device: Limits) -> ProductTiles:
+def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, norm: bool, device: Limits) -> ProductTiles:
     """A tile for every multiprocessor, as deep a pipeline as fits; measured on an H200 (docs/log.md)."""
-    splits = 1 if swiglu or in_size < 4 * 256 else 2
+    splits = 1 if swiglu or in_size < 1024 else 2
     rows = triton.cdiv(out_size * splits, device.sm_count)
     waves = triton.cdiv(rows, _MAX_BLOCK)
-    rows = triton.cdiv(rows, waves)
+    rows = max(1, triton.cdiv(rows, waves))
     many = waves > 4  # then programs overlap each other, and smaller ones leave room for it
-    block_k, num_warps = (128, 8) if swiglu and not many else (128, 4) if many else (256, 4)
-    room = device.shared_memory * (1 if many else 3) // 4
-    stage = max(16, next_power_of_2(rows)) * (2 if swiglu else 1) + max(16, next_power_of_2(num_rows))
+    # The norm's weights are fetched ahead of their use if a thread takes at least two of them.
+    block_k = 256 if norm and not swiglu and not many else 128
     block_k = min(block_k, max(16, next_power_of_2(in_size)))
-    stages = max(2, min(8, room // (stage * block_k * 2)))
-    return ProductTiles(max(1, rows), block_k, 1 if many else splits, stages, num_warps)
+    block_n, block_m = (max(16, next_power_of_2(size)) for size in (rows, num_rows))
+    parts = 2 if swiglu else 1
+    # Beside the stages there are the weights that were read ahead.
+    room = device.shared_memory // 4 if many else device.shared_memory - block_n * parts * block_k * 2 - (16 << 10)
+    stages = max(2, min(8, room // ((block_n * parts + block_m) * block_k * 2)))
+    return ProductTiles(rows, block_k, 1 if many else splits, stages, num_warps=8 if swiglu and not many else 4)
 
 
 @triton.jit

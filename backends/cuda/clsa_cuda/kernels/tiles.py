@@ -113,18 +113,19 @@ def attention_tiles(
 ) -> AttentionTiles:
     """Blocks that leave room for two programs per multiprocessor; splits that give each of them work.
 
-    Measured on an H200 (docs/log.md): a ring is so short that one program per multiprocessor is enough, a long
-    memory streams best in small blocks with many stages, and a selection, whose rows are scattered, in between.
+    Measured on an H200 (docs/log.md): of a ring or a selection most programs read one or two blocks, the first of them
+    ahead of the queries; a long memory streams best in small blocks with many stages.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
-    block_n, stages, least = 64, 3, 2  # at least two blocks a split, or the merge costs more than it gains
-    wanted = 4 * device.sm_count // pairs
+    block_n, stages, least = 64, 3, 1
+    wanted = 2 * device.sm_count // pairs
     if max_keys <= 1024:
-        least, wanted = 1, device.sm_count // pairs
+        block_n, stages, wanted = 32, 2, min(16, 4 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED and 2 * pairs >= device.sm_count:
         block_n, stages, wanted = 32, 5, -(-2 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED:
+        least = 2  # or the merge costs more than it gains
         wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
     while block_n > 16 and stages * block_n * row_bytes > device.shared_memory // 2:
         block_n //= 2
