@@ -9,6 +9,7 @@ the step is timed through `Recorder` with its host work, one step ahead, as in t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -19,13 +20,14 @@ import torch
 
 import clsa_cuda
 from clsa.batch import SequenceChunk, pack
-from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
+from clsa.config import FP8, PAGE_SIZE, MemoryDtypes, ModelConfig, SamplingParams
 from clsa.model import forward, new_state
 from clsa.ops import Sampled, State, StepInputs
 from clsa.params import nest, num_parameters, state_bytes_per_token, tensor_shapes, window_bytes
 from clsa.plan import make_plan
 from clsa.sampling import SamplingRow, pack_sampling, resolve
 from clsa.step import pad_decode
+from clsa.weights import in_float8
 
 SLIDING, CROSS, FULL = "sliding_attention", "cross_attention", "full_attention"
 PLANS = {
@@ -69,7 +71,8 @@ def timed(run: Any, repeats: int) -> list[float]:
 
 
 class Bench:
-    def __init__(self, plan: str, context: int, batch: int, share_pages: int) -> None:
+    def __init__(self, plan: str, context: int, batch: int, share_pages: int, fp8: tuple[str, ...] = ()) -> None:
+        """`fp8`: which of "weights", "kv" and "index" are held in 8 bits."""
         self.ops = clsa_cuda.backend.open("cuda")
         self.config, self.plan = config_4b(plan), make_plan(config_4b(plan))
         torch.manual_seed(0)
@@ -79,14 +82,18 @@ class Bench:
             .add_(1.0 if len(shape) == 1 else 0.0)
             for name, shape in tensor_shapes(self.config).items()
         }
+        self.fp8 = fp8
+        if "weights" in fp8:
+            flat = {n: self.ops.float8_weight(w) if in_float8(n, w.shape) else w for n, w in flat.items()}
+        self.stored = MemoryDtypes(FP8 if "kv" in fp8 else None, FP8 if "index" in fp8 else None)
         self.params = nest(flat)
         self.pages = -(-context // PAGE_SIZE) + 1
         owners = -(-batch // share_pages)
-        self.state = new_state(self.ops, self.plan, owners * self.pages * PAGE_SIZE, batch, "bfloat16")
+        self.state = new_state(self.ops, self.plan, owners * self.pages * PAGE_SIZE, batch, "bfloat16", self.stored)
         for memory in self.state.memories:
             for x in (memory.k, memory.v, memory.k_idx):
-                if x is not None:
-                    x.normal_()
+                for part in () if x is None else x.split(1 << 20):
+                    part.copy_(torch.randn(part.shape, device="cuda", dtype=torch.bfloat16))
         for window in self.state.windows:
             window.k.normal_(), window.v.normal_()
         order = np.random.default_rng(0).permutation(owners * self.pages).reshape(owners, self.pages)
@@ -141,11 +148,13 @@ class Bench:
 
     def floor_bytes(self) -> int:
         c = self.config
-        weights = (num_parameters(c) - c.vocab_size * c.hidden_size) * 2
-        per_token = state_bytes_per_token(c, "bfloat16")
+        head = c.vocab_size * c.hidden_size * 2
+        weights = head + (num_parameters(c) - c.vocab_size * c.hidden_size * 2) * (1 if "weights" in self.fp8 else 2)
+        per_token = state_bytes_per_token(c, "bfloat16", self.stored)
         if "F" in c.index_topk_pattern:
-            rows = c.index_topk * 2 * c.num_key_value_heads * c.head_dim * 2 * len(c.index_topk_pattern)
-            read = self.context * c.index_head_dim * 2 + rows
+            row = 2 * c.num_key_value_heads * c.head_dim * (1 if "kv" in self.fp8 else 2)
+            rows = c.index_topk * row * len(c.index_topk_pattern)
+            read = self.context * c.index_head_dim * (1 if "index" in self.fp8 else 2) + rows
         elif self.plan.num_memories == 1:
             read = self.context * per_token * len(c.index_topk_pattern)
         else:
@@ -160,15 +169,17 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--plans", default="clsa")
     parser.add_argument("--share-pages", type=int, default=1, help="sequences that alias one page table (Transformer)")
+    parser.add_argument("--fp8", default="", help='what is held in 8 bits, cases with commas: ",weights,weights+kv"')
     args = parser.parse_args()
     bandwidth = measured_read_bandwidth()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "read_bandwidth": bandwidth, "rows": []}
     for plan in args.plans.split(","):
         for context in map(int, args.contexts.split(",")):
-            for batch in map(int, args.batches.split(",")):
+            for batch, case in itertools.product(map(int, args.batches.split(",")), args.fp8.split(",")):
                 try:
-                    bench = Bench(plan, context, batch, args.share_pages if plan == "transformer" else 1)
-                    row = {"plan": plan, "context": context, "batch": batch, **bench.run(20)}
+                    fp8 = tuple(filter(None, case.split("+")))
+                    bench = Bench(plan, context, batch, args.share_pages if plan == "transformer" else 1, fp8)
+                    row = {"plan": plan, "context": context, "batch": batch, "fp8": case, **bench.run(20)}
                     row["floor_ms"] = bench.floor_bytes() / bandwidth * 1e3
                     row["kernels"] = bench.profile()[:24]
                 except Exception as error:
@@ -176,6 +187,7 @@ def main() -> None:
                         "plan": plan,
                         "context": context,
                         "batch": batch,
+                        "fp8": case,
                         "error": f"{type(error).__name__}: {error}"[:600],
                     }
                 result["rows"].append(row)

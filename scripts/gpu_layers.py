@@ -125,7 +125,8 @@ class Chain:
         self.queries = Queries(i * 0 + POSITION, i, i[:, None], i, tuple(range(rows + 1)), (POSITION + 1,) * rows)
         self.mapping = i * W + POSITION % W
         pages = CONTEXT // 64 * rows
-        self.memory = Memory(*(torch.randn(pages * 64, KV_HEADS, D, **new) for _ in range(2)), None)
+        keys, values = (torch.randn(pages * 64, KV_HEADS, D, **new) for _ in range(2))
+        self.memory = Memory(keys, values, None)
         chosen = torch.rand(rows, CONTEXT, device=DEVICE).topk(TOP_K).indices.sort().values.int()
         order = torch.randperm(pages, device=DEVICE).int().reshape(rows, -1)
         found = order.gather(1, (chosen // 64).long()) * 64 + chosen % 64

@@ -279,7 +279,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result |= {"checks": {}, "rows": [], "tiles": shown(prefill_tiles(D, 2, limits(DEVICE)))}
+    result |= {
+        "checks": {},
+        "rows": [],
+        "tiles": [shown(prefill_tiles(D, 2, limits(DEVICE), window=w)) for w in (True, False)],
+    }
     begin = time.perf_counter()
     for name, check in checks() if "checks" not in args.skip else ():
         try:

@@ -159,7 +159,7 @@ def attention(
 
 
 def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    tiles = prefill_tiles(head_dim, getattr(torch, dtype).itemsize, H200)
+    tiles = prefill_tiles(head_dim, getattr(torch, dtype).itemsize, H200, window=kind != "causal")
     types = dict.fromkeys(("q", "k", "v", "ring_k", "ring_v", "out"), TYPES[dtype])
     types |= dict.fromkeys(("slots", "block_table", "positions", "tiles"), "*i32")
     types |= dict.fromkeys(("H", "q_stride", "k_stride", "v_stride", "ring_stride", "table_stride", "W"), "i32")

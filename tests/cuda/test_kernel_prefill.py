@@ -304,8 +304,9 @@ def test_query_tiles() -> None:
 
 @pytest.mark.parametrize("shared_memory", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
 @pytest.mark.parametrize("head_dim, itemsize", [(2, 2), (64, 2), (80, 2), (128, 2), (256, 2), (1024, 2), (128, 4)])
-def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
-    tiles = prefill_tiles(head_dim, itemsize, Limits(132, shared_memory))
+@pytest.mark.parametrize("window", [False, True])
+def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int, window: bool) -> None:
+    tiles = prefill_tiles(head_dim, itemsize, Limits(132, shared_memory), window)
     padded = max(16, 1 << (head_dim - 1).bit_length())
     assert (tiles.block_m + 2 * tiles.num_stages * tiles.block_n) * padded * itemsize <= max(shared_memory, 96 << 10)
     assert tiles.block_m * padded <= 1 << 14 or tiles.block_m == 16

@@ -63,7 +63,7 @@ def answer(llm: LLM, prompt: list[int], salt: str = "") -> tuple[list[np.ndarray
         return plan
 
     llm._engine.scheduler.schedule = note  # type: ignore[method-assign]
-    list(llm._deltas(request, None))
+    list(llm._deltas(request, None, None))
     del llm._engine.scheduler.schedule
     return recorder.logits, cuts[: -(HOW.max_tokens - 1)], request
 

@@ -151,7 +151,7 @@ def test_failures_are_one_sentence_and_reset_begins_anew(backend: str) -> None:
     ops: Any = Failing(open_ops(backend))
     device = Device(ops)
     wanted = device.read(device.runner.launch(device.prefill(), None))
-    ops.fail("rms_norm", 2, ValueError("bad\n  shape"))
+    ops.fail("norm_linears", 2, ValueError("bad\n  shape"))
     with pytest.raises(StepFailed, match=r"^the step failed: ValueError: bad shape$"):
         device.runner.launch(device.prefill(), None)
     device.runner.reset()

@@ -50,6 +50,7 @@ def compare(
     mask = readable_ring(step, size)
     ring = [poisoned(normal(rng, len(mask), kv_heads, head_dim, dtype=dtype), mask) for _ in range(2)]
     mapping = ring_mapping(step.positions, step.sequence, step.window_slots, step.cu_seqlens, size)
+    sides: list[tuple[Any, Callable[..., Any]]] = [(ops, attend_window), (spec, spec.attend_window)]
     results = [
         attend(
             *(o.asarray(x) for x in (q, k, v)),
@@ -58,7 +59,7 @@ def compare(
             step.queries(o),
             o.asarray(mapping),
         )
-        for o, attend in ((ops, attend_window), (spec, spec.attend_window))
+        for o, attend in sides
     ]
     (got, window), (want, want_window) = results
     result = host(ops, got, dtype)

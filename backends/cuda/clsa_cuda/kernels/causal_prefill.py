@@ -102,7 +102,7 @@ def causal_prefill(q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTi
     check_heads(q, {"the memory's k": memory.k, "the memory's v": memory.v}, FLOAT8)
     table = queries.block_table
     assert queries.cu_seqlens[-1] == num_tokens and queries.positions.is_contiguous() and table.stride(1) == 1
-    tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device))
+    tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device), window=False)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     repeat = num_heads // kv_heads
     where = query_tiles(queries.cu_seqlens, repeat, tiles.block_m, q.device)

@@ -32,8 +32,11 @@ class PrefillTiles:
     maxnreg: int | None = None  # of a thread; None leaves it to the compiler
 
 
-def prefill_tiles(head_dim: int, itemsize: int, device: Limits) -> PrefillTiles:
+def prefill_tiles(head_dim: int, itemsize: int, device: Limits, window: bool) -> PrefillTiles:
     """Sums of a tile in a quarter of the registers, and blocks of keys that fit the shared memory beside its queries.
+
+    Measured on an H200 (docs/log.md): a window is so short that two programs of small blocks on a multiprocessor are
+    faster than one, and everything before a query is read best in large blocks.
 
     The sizes follow from the device and the model alone, so that a query's result never depends on its chunk.
     """
@@ -41,12 +44,13 @@ def prefill_tiles(head_dim: int, itemsize: int, device: Limits) -> PrefillTiles:
     if itemsize == 4:  # products in registers, not by tensor cores: small operands
         return PrefillTiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
     block_m = max(16, min(128, (1 << 14) // padded))
-    block_n, stages = 64, 3
+    block_n, stages = (32, 3) if window else (128, 2)
     while stages > 1 and (block_m + 2 * stages * block_n) * padded * itemsize > device.shared_memory:
         stages -= 1
     while block_n > 16 and (block_m + 2 * stages * block_n) * padded * itemsize > device.shared_memory:
         block_n //= 2
-    return PrefillTiles(block_m, block_n, num_warps=8 if block_m == 128 else 4, num_stages=stages)
+    maxnreg = 128 if window and block_m == 128 and padded <= 128 else None
+    return PrefillTiles(block_m, block_n, num_warps=8 if block_m == 128 else 4, num_stages=stages, maxnreg=maxnreg)
 
 
 def asks_many(queries: Queries) -> bool:

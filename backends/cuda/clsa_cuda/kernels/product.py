@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
@@ -72,9 +73,9 @@ def _add(acc, up_acc, square, x_tile, w_tile, up_tile, norm_tile, NORM: tl.const
         wide = x_tile.to(tl.float32)
         square += wide * wide
         x_tile = (wide * norm_tile.to(tl.float32)[:, None]).to(x_tile.dtype)
-    acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc)
+    acc = tl.dot(widened(w_tile, x_tile), x_tile, acc)
     if SWIGLU:
-        up_acc = tl.dot(up_tile.to(x_tile.dtype), x_tile, up_acc)
+        up_acc = tl.dot(widened(up_tile, x_tile), x_tile, up_acc)
     return acc, up_acc, square
 
 

@@ -124,7 +124,7 @@ def sliding_prefill(
     check_heads(q, {"k": k, "v": v, "the window's k": window.k, "the window's v": window.v})
     assert queries.cu_seqlens[-1] == num_tokens and queries.positions.is_contiguous()
     assert window.k.stride(0) == window.v.stride(0)
-    tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device))
+    tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device), window=True)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     repeat = num_heads // kv_heads
     where = query_tiles(queries.cu_seqlens, repeat, tiles.block_m, q.device)
