@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from clsa.bench.peers import release_cache
 from clsa.bench.random_arrays import random_state
 from clsa.config import MAX_TOKENS, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams
 from clsa.engine import Engine
@@ -29,6 +30,7 @@ _PROMPT_TOKENS = 250  # different ones: small integers cost no memory, however l
 def free_bytes(ops: Ops) -> int:
     """What is free once everything is let go that nobody uses: an engine whose steps are recorded refers to itself."""
     gc.collect()
+    release_cache(ops)
     return ops.memory_stats()["free"]
 
 

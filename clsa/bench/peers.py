@@ -52,6 +52,13 @@ def device_timer(ops: Ops) -> DeviceTimer | None:
     return timer
 
 
+def release_cache(ops: Ops) -> None:
+    """Let the backend of these ops give back what it keeps for later: pieces of it may be in the way of large arrays."""
+    release = getattr(_backend(ops.name), "bench_release_cache", None)
+    if release is not None:
+        release()
+
+
 def peers(ops: Ops, config: ModelConfig, dtype: str, device: str | None) -> list[Peer]:
     """The peers that the backend of these ops knows and that are installed."""
     make = getattr(_backend(ops.name), "bench_peers", None)

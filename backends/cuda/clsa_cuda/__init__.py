@@ -80,6 +80,13 @@ class CudaBackend:
 
         return bench_op_peers(dtype, device)
 
+    def bench_release_cache(self) -> None:
+        """For `clsa bench`: torch cuts what it keeps of a large array into small ones, and then it has none left."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
 
 def _why_no_torch() -> str | None:
     try:
