@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class Engine:
     nothing on the device is certain any more; those that wait go on with an empty state. Any exception that leaves a
     method, such as Ctrl-C but not RequestError, has ended every request with an error. Either way the engine may be
     used again.
+
+    Threads wait for each other's calls. Whoever calls `step` gets what it brought to all: `SharedEngine` hands it on.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine:
         self._in_flight: tuple[StepPlan, Launched | None] | None = None
         self._outbox: list[Delta] = []
         self._ids = count()
+        self._alone = threading.RLock()
 
     @property
     def has_work(self) -> bool:
@@ -105,10 +109,11 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Launch the next step, then read the one before it: what each request got, in order of service."""
-        with self._all_or_restart():
-            self._advance()
-        deltas, self._outbox = self._outbox, []
-        return deltas
+        with self._alone:
+            with self._all_or_restart():
+                self._advance()
+            deltas, self._outbox = self._outbox, []
+            return deltas
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End requests in whatever state they are, without a report.
@@ -153,15 +158,16 @@ class Engine:
     @contextmanager
     def _all_or_restart(self) -> Iterator[None]:
         """What goes wrong in here leaves nothing half done."""
-        try:
-            yield
-        except RequestError:
-            raise  # a refusal, before anything was done
-        except StepFailed as failure:
-            self._restart(str(failure), keep_waiting=True)
-        except BaseException:
-            self._restart("the engine was interrupted in the middle of a step", keep_waiting=False)
-            raise
+        with self._alone:
+            try:
+                yield
+            except RequestError:
+                raise  # a refusal, before anything was done
+            except StepFailed as failure:
+                self._restart(str(failure), keep_waiting=True)
+            except BaseException:
+                self._restart("the engine was interrupted in the middle of a step", keep_waiting=False)
+                raise
 
     def _advance(self) -> None:
         self._outbox += [self._ended(request) for request in self.scheduler.expire(time.monotonic())]

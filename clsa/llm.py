@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import accumulate, compress
-from operator import and_
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,12 +25,12 @@ from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect
 from clsa.plan import make_plan
 from clsa.prompts import Messages, Prompt, Turn, as_batch, check_ids, check_params, encode, params_for, streamed
 from clsa.request import Request
+from clsa.shared_engine import Progress, SharedEngine
 from clsa.sizing import plan_sizes
 from clsa.tokenizer import Tokenizer, load_tokenizer
 from clsa.weights import check_float8, load_weights
 
 K = TypeVar("K")
-Progress = Callable[[int, int], None]  # tokens of a prompt that are done, and all of them
 
 
 def load(
@@ -76,7 +73,7 @@ def default_dtype(ops: Ops, config: ModelConfig) -> str:
 
 
 class LLM:
-    """A loaded model with its engine. Not thread-safe; one caller at a time.
+    """A loaded model with its engine. Any thread may call it at any time: steps serve all callers together.
 
     Attributes: `config`, `tokenizer`, `backend` (name), `device` (words), `dtype`, `why` (how it was chosen),
     `memory_dtypes` and `weight_dtype` (what is kept in 8 bits).
@@ -99,9 +96,9 @@ class LLM:
         sizes = plan_sizes(ops, self._plan, dtype, engine)
         self._params = load_weights(ops, checkpoint, dtype, engine.weight_dtype)
         self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
+        self._shared = SharedEngine(self._engine)
         self._hash = ModelHash(checkpoint)
         self._window = 2 * sizes.num_slots  # requests of one call inside the engine: those that run, and as many
-        self._mail: dict[str, deque[Delta]] = {}
         self._turn = Turn("", [])
 
     def generate(
@@ -124,7 +121,7 @@ class LLM:
         batch = as_batch(prompts)
         each = params_for(batch, params)
         requests = [self._request(p, how, priority, salt, timeout) for p, how in zip(batch, each, strict=True)]
-        found = dict(self._serve(enumerate(requests), self._window, ordered=False))
+        found = dict(self._shared.serve(enumerate(requests), self._window, ordered=False))
         return [cast(RequestOutput, found[i]) for i in range(len(requests))]
 
     def run(
@@ -145,7 +142,7 @@ class LLM:
         Closing the iterator cancels what is open.
         """
         source = self._or_refusal(requests, priority, salt, timeout)
-        return self._serve(source, 2 * self._window if ordered else self._window, ordered=ordered)
+        return self._shared.serve(source, 2 * self._window if ordered else self._window, ordered=ordered)
 
     def stream(
         self,
@@ -207,7 +204,8 @@ class LLM:
         """
         metadata = self._metadata(salt)
         prefix = read_cache(Path(path), self._plan, metadata, self._engine.sizes.max_model_len)
-        self._engine.write_prefix(prefix, salt)
+        with self._shared.turn() as engine:
+            engine.write_prefix(prefix, salt)
         return len(prefix.tokens)
 
     def cache_key(self, prompt: Prompt, *, salt: str = "") -> str:
@@ -234,7 +232,8 @@ class LLM:
             anew = self.tokenizer.encode(text, add_special_tokens=False)
         except RequestError as error:
             raise CheckpointError(f"the conversation in {path} is damaged: {error}") from None
-        self._engine.write_prefix(prefix, salt)
+        with self._shared.turn() as engine:
+            engine.write_prefix(prefix, salt)
         tokens = [*prefix.tokens, *tail]
         # Where they make another text, as with a template that has changed since, the text counts.
         self._turn = Turn(text, tokens if self.tokenizer.decode(tokens) == self.tokenizer.decode(anew) else anew)
@@ -243,7 +242,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
         ids = check_ids(token_ids, self.config.vocab_size)
-        return evaluate_logits(self._ops, self._params, self._plan, self.dtype, ids, self.memory_dtypes)
+        with self._shared.turn():
+            return evaluate_logits(self._ops, self._params, self._plan, self.dtype, ids, self.memory_dtypes)
 
     def selection(self, token_ids: Sequence[int] | np.ndarray, layer: int | None = None) -> np.ndarray:
         """What the shared index chose: int32 [T, index_topk], ascending positions, -1 padded.
@@ -252,15 +252,17 @@ class LLM:
         computes none.
         """
         ids = check_ids(token_ids, self.config.vocab_size)
-        return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer, self.memory_dtypes)
+        with self._shared.turn():
+            return evaluate_selection(self._ops, self._params, self._plan, self.dtype, ids, layer, self.memory_dtypes)
 
     def stats(self) -> dict[str, int]:
         """Counters (running, waiting, pages_free, prefix_tokens_hit, preemptions, ...) and the memory plan in bytes."""
-        return self._engine.stats() | self._engine.sizes.stats()
+        with self._shared.turn() as engine:
+            return engine.stats() | engine.sizes.stats()
 
     def close(self) -> None:
         """Let go of weights and state; the object must not be used again."""
-        del self._engine, self._params, self._hash
+        del self._shared, self._engine, self._params, self._hash
 
     def _metadata(self, salt: str) -> dict[str, str]:
         return cache_metadata(self._hash, self._ops, self.dtype, self.memory_dtypes, self.weight_dtype, salt)
@@ -270,7 +272,8 @@ class LLM:
         output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
         if output.error is not None:
             raise ClsaError(output.error)
-        prefix = self._engine.read_prefix(tokens, salt)
+        with self._shared.turn() as engine:
+            prefix = engine.read_prefix(tokens, salt)
         if not prefix.tokens or len(prefix.tokens) < len(tokens) // PAGE_SIZE * PAGE_SIZE:
             raise RequestError(
                 f"the prefix cache holds {len(prefix.tokens)} tokens of this prompt of {len(tokens)}, and whole pages "
@@ -303,78 +306,16 @@ class LLM:
             except RequestError as error:
                 yield key, error
 
-    def _step(self) -> None:
-        assert self._engine.has_work, "somebody waits for a request that the engine does not have"
-        for delta in self._engine.step():
-            if (mail := self._mail.get(delta.request.id)) is not None:
-                mail.append(delta)
-
-    def _serve(
-        self, source: Iterator[tuple[K, Request | RequestError]], window: int, *, ordered: bool
-    ) -> Generator[tuple[K, RequestOutput | RequestError]]:
-        """Results as they finish, or in order. At most `window` requests were taken and have not come out."""
-        inside: deque[tuple[K, Request | RequestError]] = deque()
-        more = True
-        try:
-            while more or inside:
-                while more and len(inside) < window and self._engine.has_room:
-                    entry = next(source, None)
-                    more = entry is not None
-                    if entry is not None:
-                        inside.append(entry)
-                        if isinstance(entry[1], Request):
-                            self._mail[entry[1].id] = deque()
-                            self._engine.add(entry[1])
-                done = [self._has_ended(request) for _, request in inside]
-                if ordered:
-                    done = list(accumulate(done, and_))  # nobody before those in front of it
-                finished = [(key, self._output(request)) for key, request in compress(inside, done)]
-                inside = deque(entry for entry, out in zip(inside, done, strict=True) if not out)
-                yield from finished
-                if not finished and (inside or more):
-                    self._step()
-        finally:
-            self._close([request for _, request in inside if isinstance(request, Request)])
-
-    def _has_ended(self, request: Request | RequestError) -> bool:
-        if isinstance(request, RequestError):
-            return True
-        mail = self._mail[request.id]
-        return bool(mail) and mail[-1].finish_reason is not None
-
-    def _output(self, request: Request | RequestError) -> RequestOutput | RequestError:
-        if isinstance(request, RequestError):
-            return request
-        return collect(request, list(self._mail.pop(request.id)))
-
     def _deltas(self, request: Request, turn: Turn | None, progress: Progress | None) -> Generator[Delta]:
-        """Run the engine until a request has ended. What its steps bring to others waits in their mail."""
-        mail = self._mail.setdefault(request.id, deque())
         self._turn = turn or self._turn
-        try:
-            self._engine.add(request)
-            has_ended = False
-            while not has_ended:
-                while not mail:
-                    done = request.num_computed
-                    self._step()
-                    if progress is not None and done < request.num_prompt_tokens:
-                        progress(max(done, request.cached_tokens), request.num_prompt_tokens)
-                delta = mail.popleft()
-                has_ended = delta.finish_reason is not None
+        with closing(self._shared.deltas(request, progress)) as deltas:
+            for delta in deltas:
                 if turn is not None:
                     turn.add(delta)
                 yield delta
-        finally:
-            self._close([request])
 
     def _pieces(self, request: Request, turn: Turn | None, progress: Progress | None) -> Iterator[Piece]:
         with closing(self._deltas(request, turn, progress)) as deltas:
             clock = PieceClock(request)
             for delta in deltas:
                 yield clock.piece(delta, self._ops.memory_stats()["peak"])
-
-    def _close(self, requests: Sequence[Request]) -> None:
-        self._engine.cancel(requests)
-        for request in requests:
-            self._mail.pop(request.id, None)

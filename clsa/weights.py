@@ -49,9 +49,11 @@ def load_weights(ops: Ops, checkpoint: Checkpoint, dtype: str, weight_dtype: str
     for name, weight in host_weights(checkpoint):
         if isinstance(weight, QuantizedWeight):
             flat[name] = ops.quantized_weight(weight, dtype)
-            continue
-        array = ops.asarray(weight, dtype)
-        flat[name] = ops.float8_weight(array) if weight_dtype == FP8 and in_float8(name, weight.shape) else array
+        else:
+            array = ops.asarray(weight, dtype)
+            flat[name] = ops.float8_weight(array) if weight_dtype == FP8 and in_float8(name, weight.shape) else array
+        # Not left to the first step: a lazy backend would do it in that step's thread, and may not do it in any other.
+        ops.evaluate(flat[name])
     return nest(flat)
 
 

@@ -109,7 +109,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts: Any) ->
         llm.generate(prompts, SHORT)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert llm.stats()["steps"] == llm.stats()["waiting"] == 0
-    assert not llm._mail
+    assert not llm._shared._mail
     single = prompts[-1] if isinstance(prompts, list) and not isinstance(prompts[0], (int, float)) else prompts
     with pytest.raises(RequestError):
         llm.stream(single, SHORT)
@@ -184,7 +184,7 @@ def test_closing_a_stream_gives_everything_back(backend: str, pieces: int) -> No
     assert llm.stats()["running"] == (pieces > 0)
     close(stream)
     assert_all_returned(llm.stats())
-    assert not llm._mail
+    assert not llm._shared._mail
     wanted = models.load().generate(TEXTS, SHORT)
     assert [out.token_ids for out in llm.generate(TEXTS, SHORT)] == [out.token_ids for out in wanted]
 
@@ -258,7 +258,7 @@ def test_ctrl_c_in_generate_also_ends_an_open_stream(llm: LLM) -> None:
     with pytest.raises(ClsaError, match="interrupted"):
         list(stream)
     assert_all_returned(llm.stats())
-    assert not llm._mail
+    assert not llm._shared._mail
     assert [output.text for output in llm.generate(TEXTS, SHORT)] == wanted
 
 

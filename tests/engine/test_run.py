@@ -44,7 +44,7 @@ def outputs(llm: LLM, source: Source, *, ordered: bool) -> dict[int, RequestOutp
         assert isinstance(output, RequestOutput)
         found[key] = output
     assert_all_returned(llm.stats())
-    assert not llm._mail
+    assert not llm._shared._mail
     return found
 
 
@@ -91,7 +91,7 @@ def test_closing_cancels_and_errors_of_the_source_come_through(llm: LLM) -> None
     next(results)
     results.close()
     assert_all_returned(llm.stats())
-    assert not llm._mail
+    assert not llm._shared._mail
 
     def broken() -> Iterator[Job]:
         yield 0, [5], SamplingParams()
@@ -100,7 +100,7 @@ def test_closing_cancels_and_errors_of_the_source_come_through(llm: LLM) -> None
     with pytest.raises(OSError, match="the file is gone"):
         list(llm.run(broken()))
     assert_all_returned(llm.stats())
-    assert not llm._mail
+    assert not llm._shared._mail
 
 
 def test_runs_and_streams_take_turns(llm: LLM) -> None:

@@ -121,12 +121,13 @@ def _behind_each_other(arrays: Sequence[mx.array]) -> mx.array:
     together = mx.concatenate(list(arrays))
     if _by_column(arrays[0]):
         together = mx.contiguous(together.T).T
+    mx.eval(together)  # before the weights become parts of it: what failed later would be failed weights
     start = 0
     for array in arrays:
         stop = start + array.shape[0]
         array[:] = together[start:stop]
         start = stop
-    mx.eval(together, *arrays)
+    mx.eval(*arrays)
     return together
 
 
