@@ -72,7 +72,21 @@ def variants(rows: int, start: Choice) -> list[tuple[str, Choice]]:
     for name, shape in SHAPES.items():
         out += [(name, start | {name: t}) for t in products(rows, *shape)]
     out += [("attend", start | {"attend": t}) for t in attentions(rows, W)]
-    return out + [("gather", start | {"gather": t}) for t in attentions(rows, TOP_K)]
+    out += [("gather", start | {"gather": t}) for t in attentions(rows, TOP_K)]
+    return out + [("room", choice) for choice in smaller(rows, start)]
+
+
+def smaller(rows: int, start: Choice) -> list[Choice]:
+    """All products in less shared memory at once: a kernel can start early only where the one in front leaves room."""
+    found = []
+    for room in (64 << 10, 84 << 10, 104 << 10, 132 << 10):
+        choice = dict(start)
+        for name, (_, _, swiglu) in SHAPES.items():
+            t = start[name]
+            stage = (t.block_n * (2 if swiglu else 1) + max(16, rows)) * t.block_k * 2
+            choice[name] = replace(t, num_stages=max(2, min(t.num_stages, room // stage)))
+        found.append(choice)
+    return found
 
 
 def attentions(rows: int, keys: int) -> list[AttentionTiles]:
@@ -234,13 +248,14 @@ def tune(chain: Chain) -> dict[str, Any]:
     for name, found in timed.items():
         found.sort(key=lambda pair: pair[0])
         for us, choice in found[:3]:
-            print(f"    {name:9s} {us:7.2f} {choice[name]}", flush=True)
+            print(f"    {name:9s} {us:7.2f} {choice.get(name, choice)}", flush=True)
         for _, choice in found[:3]:  # what was best beside the start may not be beside the others
-            chain.choice, chain.gathers = chosen | {name: choice[name]}, name == "gather"
+            changed = {name: choice[name]} if name in choice else {n: choice[n] for n in SHAPES}
+            chain.choice, chain.gathers = chosen | changed, name == "gather"
             us = chain.microseconds()
             if us < best[chain.gathers] - 0.05:
                 best[chain.gathers], chosen = us, dict(chain.choice)
-        row.setdefault("tried", {})[name] = [(us, str(choice[name])) for us, choice in found]
+        row.setdefault("tried", {})[name] = [(us, str(choice.get(name, choice))) for us, choice in found]
     chain.choice = chosen
     for chain.gathers in (True, False):
         best[chain.gathers] = chain.microseconds()

@@ -193,7 +193,7 @@ def _latency(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(f"{total:.3g}", (x, total), (0, 1.5), textcoords="offset points", ha="center", fontsize=6.5)
     axes.set_xticks(range(len(rows)), [label for _, label, _ in plans], fontsize=7)
     axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.12 * max(bottom) or 1.0)
     axes.legend(fontsize=7)
 
 

@@ -61,8 +61,8 @@ def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, norm
     block_n, block_m = (max(16, next_power_of_2(size)) for size in (rows, num_rows))
     parts = 2 if swiglu else 1
     # Beside the stages there are the weights that were read ahead.
-    room = device.shared_memory // 4 if many else device.shared_memory - block_n * parts * block_k * 2 - (16 << 10)
-    stages = max(2, min(8, room // ((block_n * parts + block_m) * block_k * 2)))
+    room = device.shared_memory - block_n * parts * block_k * 2 - (16 << 10)
+    stages = max(2, min(4 if many else 8, room // ((block_n * parts + block_m) * block_k * 2)))
     return ProductTiles(rows, block_k, 1 if many else splits, stages, num_warps=8 if swiglu and not many else 4)
 
 
