@@ -36,6 +36,9 @@ def _settings(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    kv_dtype: options.KvDtype = None,
+    index_dtype: options.IndexDtype = None,
+    weight_dtype: options.WeightDtype = None,
     sizes: Annotated[
         str, typer.Option(help="Random weights of these sizes: 4b, 0.2b, demo, tiny.", rich_help_panel=_WHAT)
     ] = "4b",
@@ -61,6 +64,9 @@ def _settings(
         backend=backend,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+        weight_dtype=weight_dtype,
         sizes=sizes,
         model=model,
         contexts=_integers("--contexts", contexts),
@@ -267,6 +273,9 @@ def _footer(report: Report) -> Sequence[str]:
     lines = [f"{machine['device']}; {machine['host']}, load average {machine['load_average']}"]
     if "dtype" in facts:
         lines.append(f"{facts['sizes']}, {facts['dtype']}, weights {facts['weights']}; state is random data")
+        kept = {"K and V": facts["kv_dtype"], "index keys": facts["index_dtype"], "weights": facts["weight_dtype"]}
+        if in_bytes := [f"{what} in {dtype}" for what, dtype in kept.items() if dtype]:
+            lines.append(", ".join(in_bytes))
     if ceilings := facts.get("ceilings"):
         lines.append(
             f"ceilings: read {ceilings['read_bytes_per_second'] / 1e9:,.1f} GB/s (by {ceilings['read_by']}), "

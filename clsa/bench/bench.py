@@ -15,11 +15,11 @@ from clsa.bench.report import Column, Report, Row, machine
 from clsa.bench.sizes import PLANS, plan_config
 from clsa.bench.timing import Ceilings, Stopwatch, measure_ceilings
 from clsa.checkpoint import open_checkpoint
-from clsa.config import DTYPES, MAX_TOKENS, ModelConfig, check_float, check_int, show
+from clsa.config import DTYPES, MAX_TOKENS, EngineConfig, ModelConfig, check_float, check_int, show
 from clsa.errors import RequestError
 from clsa.hub import resolve
 from clsa.ops import Ops
-from clsa.weights import load_weights
+from clsa.weights import check_float8, load_weights
 
 Params = Mapping[str, Any]
 
@@ -31,6 +31,9 @@ class Settings:
     backend: str = "auto"
     device: str | None = None
     dtype: str | None = None  # None: float32 on a CPU, bfloat16 elsewhere
+    kv_dtype: str | None = None  # "fp8", or None for that dtype; also the next two
+    index_dtype: str | None = None
+    weight_dtype: str | None = None
     sizes: str = "4b"
     model: str | None = None  # a checkpoint, in place of sizes and plans
     contexts: tuple[int, ...] = (8192, 32768, 131072)
@@ -51,8 +54,14 @@ class Settings:
             raise RequestError(f"plans must be among {', '.join(PLANS)}, got {show(unknown)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, got {show(self.dtype)}")
+        self.engine  # noqa: B018  it refuses other dtypes
         check_float("seconds", self.seconds, 0.001, 3600, RequestError)
         check_int("tokens_per_step", self.tokens_per_step, 1, 1 << 20, RequestError)
+
+    @property
+    def engine(self) -> EngineConfig:
+        """What is kept in 8 bits, as the engine takes it. Raises ConfigError on other dtypes."""
+        return EngineConfig(kv_dtype=self.kv_dtype, index_dtype=self.index_dtype, weight_dtype=self.weight_dtype)
 
 
 class Bench:
@@ -64,6 +73,8 @@ class Bench:
         self.ops: Ops = load_backend(settings.backend, settings.device)[0]
         default = "float32" if self.ops.device.startswith("cpu") else "bfloat16"
         self.dtype = settings.dtype or default
+        self.stored, self.weight_dtype = settings.engine.memory_dtypes, settings.weight_dtype
+        check_float8(self.ops, self.config(self.plans[0], 1), settings.engine)
         self.checked: dict[tuple[object, ...], str | None] = {}  # what was checked -> what is wrong with it
         self.stopwatch = Stopwatch(self.ops, device_timer(self.ops), settings.seconds)
 
@@ -93,14 +104,15 @@ class Bench:
         """The checkpoint's weights, or random ones."""
         if self._checkpoint is None:
             self.note(f"weights of {config.num_hidden_layers} layers")
-            return random_params(self.ops, config, self.dtype)
-        return load_weights(self.ops, self._checkpoint, self.dtype)
+            return random_params(self.ops, config, self.dtype, self.weight_dtype)
+        return load_weights(self.ops, self._checkpoint, self.dtype, self.weight_dtype)
 
     def report(self, name: str, columns: list[Column], **facts: Any) -> Report:
         """An empty report with what holds for every row."""
         weights = "random" if self._checkpoint is None else "of the checkpoint"
         model = self.settings.sizes if self._checkpoint is None else str(self.settings.model)
         shared: Row = {"machine": machine(self.ops), "dtype": self.dtype, "sizes": model, "weights": weights}
+        shared |= {"kv_dtype": self.stored.kv, "index_dtype": self.stored.index, "weight_dtype": self.weight_dtype}
         shared["seconds_per_figure"] = self.settings.seconds
         return Report(name, columns, shared | facts)
 

@@ -31,16 +31,21 @@ def _wrong_plan(bench: Bench, name: str, config: ModelConfig) -> str | None:
     key = ("step", name)
     if key not in bench.checked:
         bench.note(f"checking a step of {name}")
-        bench.checked[key] = step_gate(bench.ops, config, bench.dtype)
+        bench.checked[key] = step_gate(bench.ops, config, bench.dtype, bench.stored, bench.weight_dtype)
     wrong = bench.checked[key]
     return wrong and f"a step of {name}, {wrong}"
 
 
 def _wrong_ops(bench: Bench, config: ModelConfig, names: set[str], context: int, batch: int, chunk: int) -> str | None:
     missing = tuple(op for op in sorted(names) if (op, context, batch, chunk) not in bench.checked)
-    inputs = OpInputs(bench.ops, config, bench.dtype, context, batch, chunk=chunk, max_sets=1)
+    inputs = op_inputs(bench, config, context, batch, chunk=chunk, max_sets=1)
     for case in inputs.cases(missing):
         bench.note(f"checking {case.op}, {context:,} tokens, batch {batch}")
         bench.checked[case.op, context, batch, chunk] = case.gate(case.run(0))
     found = {op: bench.checked[op, context, batch, chunk] for op in sorted(names)}
     return next((f"{op}, {wrong}" for op, wrong in found.items() if wrong), None)
+
+
+def op_inputs(bench: Bench, config: ModelConfig, context: int, batch: int, **sizes: int) -> OpInputs:
+    """Inputs of ops as this run stores them; `sizes` are those of `OpInputs`."""
+    return OpInputs(bench.ops, config, bench.dtype, context, batch, bench.stored, bench.weight_dtype, **sizes)

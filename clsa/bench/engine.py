@@ -11,7 +11,7 @@ import numpy as np
 
 from clsa.bench.peers import release_cache
 from clsa.bench.random_arrays import random_state
-from clsa.config import MAX_TOKENS, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams
+from clsa.config import MAX_TOKENS, MODEL_DTYPE, PAGE_SIZE, EngineConfig, MemoryDtypes, ModelConfig, SamplingParams
 from clsa.engine import Engine
 from clsa.errors import ClsaError
 from clsa.ops import Memory, Ops, State, Window
@@ -34,10 +34,12 @@ def free_bytes(ops: Ops) -> int:
     return ops.memory_stats()["free"]
 
 
-def fitting_pages(ops: Ops, config: ModelConfig, dtype: str, wanted: int, slots: int) -> int:
+def fitting_pages(
+    ops: Ops, config: ModelConfig, dtype: str, wanted: int, slots: int, stored: MemoryDtypes = MODEL_DTYPE
+) -> int:
     """How many of the wanted pages fit beside the rings of `slots` sequences, with the weights already there."""
     plan = make_plan(config)
-    page, rings = state_bytes(ops, plan, dtype, 1, 0), state_bytes(ops, plan, dtype, 0, slots)
+    page, rings = (state_bytes(ops, plan, dtype, *size, stored) for size in ((1, 0), (0, slots)))
     budget = int(MEMORY_SHARE * free_bytes(ops)) - rings
     return max(1, min(wanted, budget // page if page else wanted))
 
@@ -57,11 +59,19 @@ def make_engine(
     pages: int,
     slots: int,
     tokens_per_step: int,
+    stored: MemoryDtypes = MODEL_DTYPE,
 ) -> Engine:
     """An engine of exactly this size, without a prefix cache: prompts are random, and hits would be luck."""
-    settings = EngineConfig(max_num_seqs=slots, max_tokens_per_step=tokens_per_step, prefix_cache_bytes=0)
+    settings = EngineConfig(
+        max_num_seqs=slots,
+        max_tokens_per_step=tokens_per_step,
+        prefix_cache_bytes=0,
+        kv_dtype=stored.kv,
+        index_dtype=stored.index,
+    )
     plan = make_plan(config)
-    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, state_bytes(ops, plan, dtype, pages, slots))
+    num_bytes = state_bytes(ops, plan, dtype, pages, slots, stored)
+    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, num_bytes)
     return Engine(ops, params, plan, word_tokenizer(config), dtype, settings, sizes)
 
 
@@ -160,9 +170,11 @@ def _handing_out(ops: Ops, state: State) -> Ops:
     return cast(Ops, SimpleNamespace(**(functions | {"new_memory": new_memory, "new_window": new_window})))
 
 
-def filled_state(ops: Ops, config: ModelConfig, dtype: str, pages: int, slots: int) -> State:
+def filled_state(
+    ops: Ops, config: ModelConfig, dtype: str, pages: int, slots: int, stored: MemoryDtypes = MODEL_DTYPE
+) -> State:
     """State with random data in every row."""
-    return random_state(ops, make_plan(config), pages * PAGE_SIZE, slots, dtype)
+    return random_state(ops, make_plan(config), pages * PAGE_SIZE, slots, dtype, stored)
 
 
 def checked_step(engine: Engine) -> list[Delta]:

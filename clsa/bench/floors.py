@@ -8,11 +8,15 @@ keep them from one layer to the next. Letters are those of `clsa.ops`, F is the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from clsa.config import ModelConfig
+from clsa.config import MODEL_DTYPE, MemoryDtypes, ModelConfig
 from clsa.params import stored_tensors, tensor_shapes
 from clsa.plan import LayerPlan, make_plan
+from clsa.weights import in_float8
+
+_SCALE = 4  # bytes of the scale that a row of a float8 matrix has
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +34,37 @@ class StepBytes:
         return sum(astuple(self))
 
 
-def decode_bytes(config: ModelConfig, context: int, batch: int, itemsize: int) -> StepBytes:
-    """Bytes of a decode step of `batch` sequences that see `context` tokens each, stored in `itemsize` bytes.
+def decode_bytes(
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    itemsize: int,
+    stored: MemoryDtypes = MODEL_DTYPE,
+    weight_dtype: str | None = None,
+) -> StepBytes:
+    """Bytes of a decode step of `batch` sequences that see `context` tokens each.
 
-    Of an untied embedding only the rows of the tokens are read, which do not count.
+    A number takes `itemsize` bytes, or one where `stored` or `weight_dtype` say "fp8". Of an untied embedding only the
+    rows of the tokens are read, which do not count.
     """
     rows = {"windows": 0, "selected": 0, "dense": 0, "index_keys": 0}
     for layer in make_plan(config).layers:
         for what, count in _rows_read(config, layer, context):
             rows[what] += count
-    kv_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    kv_numbers, kv, index = _memory_numbers(config, itemsize, stored)
     return StepBytes(
-        weights=weight_bytes(config, itemsize),
-        index_keys=batch * rows["index_keys"] * config.index_head_dim * itemsize,
-        windows=batch * rows["windows"] * kv_bytes,
-        selected=batch * rows["selected"] * kv_bytes,
-        dense=batch * rows["dense"] * kv_bytes,
+        weights=weight_bytes(config, itemsize, weight_dtype),
+        index_keys=batch * rows["index_keys"] * config.index_head_dim * index,
+        windows=batch * rows["windows"] * kv_numbers * itemsize,
+        selected=batch * rows["selected"] * kv_numbers * kv,
+        dense=batch * rows["dense"] * kv_numbers * kv,
     )
+
+
+def _memory_numbers(config: ModelConfig, itemsize: int, stored: MemoryDtypes) -> tuple[int, int, int]:
+    """Numbers of a row of K and V, and bytes of each number of K and V and of an index key."""
+    numbers = 2 * config.num_key_value_heads * config.head_dim
+    return numbers, 1 if stored.kv else itemsize, 1 if stored.index else itemsize
 
 
 def _rows_read(config: ModelConfig, layer: LayerPlan, context: int) -> list[tuple[str, int]]:
@@ -58,12 +76,23 @@ def _rows_read(config: ModelConfig, layer: LayerPlan, context: int) -> list[tupl
     return [*selected, ("index_keys", context)] if layer.route == "F" else selected
 
 
-def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the weights that a decode step reads in full, quantised where the config says so."""
+def weight_bytes(config: ModelConfig, itemsize: int, weight_dtype: str | None = None) -> int:
+    """Bytes of the weights that a decode step reads in full, quantised where the config or `weight_dtype` say so."""
     stored = stored_tensors(config)
     if not config.tie_word_embeddings:
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("model.embed_tokens.")}
-    return sum(math.prod(shape) * (4 if packed else itemsize) for shape, packed in stored.values())
+    return sum(
+        _matrix_bytes([(shape[0], shape[1])], itemsize, weight_dtype)
+        if weight_dtype and in_float8(name, shape)
+        else math.prod(shape) * (4 if packed else itemsize)
+        for name, (shape, packed) in stored.items()
+    )
+
+
+def _matrix_bytes(shapes: Sequence[tuple[int, int]], itemsize: int, weight_dtype: str | None) -> int:
+    """Bytes of projections [out, in] of a layer."""
+    each, scale = (1, _SCALE) if weight_dtype else (itemsize, 0)
+    return sum(out * width * each + out * scale for out, width in shapes)
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
@@ -114,19 +143,30 @@ def _prompt_parameters(config: ModelConfig) -> int:
     return total
 
 
-def op_bytes(op: str, config: ModelConfig, context: int, batch: int, itemsize: int) -> int:
+def op_bytes(
+    op: str,
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    itemsize: int,
+    stored: MemoryDtypes = MODEL_DTYPE,
+    weight_dtype: str | None = None,
+) -> int:
     """Bytes that one call of an op must move: what it reads, and what it returns where that is not negligible."""
     c = config
-    kv_row = 2 * c.num_key_value_heads * c.head_dim * itemsize
+    kv_numbers, kv, index = _memory_numbers(c, itemsize, stored)
+    kv_row, window_row = kv_numbers * kv, kv_numbers * itemsize
+    rows, wide_rows = batch * c.hidden_size * itemsize, batch * c.intermediate_size * itemsize
     q_and_o = 2 * batch * c.num_attention_heads * c.head_dim * itemsize
     chosen = min(context, c.index_topk)
     counted = {
-        "select": batch * (context * c.index_head_dim * itemsize + 8 * chosen),
+        "select": batch * (context * c.index_head_dim * index + 8 * chosen),
         "gather_attention": batch * chosen * (kv_row + 4) + q_and_o,
         "dense_attention": batch * context * kv_row + q_and_o,
-        "sliding_attention": batch * min(context, c.sliding_window) * kv_row + q_and_o,
-        "linear": (c.hidden_size * c.intermediate_size + batch * (c.hidden_size + c.intermediate_size)) * itemsize,
-        "close_layer": (_closing_parameters(c) + 2 * batch * c.hidden_size) * itemsize + q_and_o // 2,
+        # The new row is one of those that are attended to, and it is written.
+        "attend_window": batch * (min(context, c.sliding_window) + 1) * window_row + q_and_o,
+        "linear": _matrix_bytes([_widening(c)], itemsize, weight_dtype) + rows + wide_rows,
+        "close_layer": _matrix_bytes(_closing(c), itemsize, weight_dtype) + 2 * rows + q_and_o // 2,
         "lm_head": (c.hidden_size * c.vocab_size + batch * (c.hidden_size + c.vocab_size)) * itemsize,
         "sample": batch * c.vocab_size * 4,
         "sample_top_p": batch * c.vocab_size * 4,
@@ -134,9 +174,13 @@ def op_bytes(op: str, config: ModelConfig, context: int, batch: int, itemsize: i
     return counted[op]
 
 
-def _closing_parameters(c: ModelConfig) -> int:
-    """Of a layer's output projection and feed-forward."""
-    return c.hidden_size * (c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
+def _closing(c: ModelConfig) -> list[tuple[int, int]]:
+    """[out, in] of a layer's output projection and feed-forward."""
+    return [(c.hidden_size, c.num_attention_heads * c.head_dim), *[_widening(c)] * 2, _widening(c)[::-1]]
+
+
+def _widening(c: ModelConfig) -> tuple[int, int]:
+    return c.intermediate_size, c.hidden_size
 
 
 def op_flops(op: str, config: ModelConfig, context: int, batch: int) -> int:
@@ -147,9 +191,9 @@ def op_flops(op: str, config: ModelConfig, context: int, batch: int) -> int:
         "select": 2 * batch * context * c.index_head_dim,
         "gather_attention": attended * min(context, c.index_topk),
         "dense_attention": attended * context,
-        "sliding_attention": attended * min(context, c.sliding_window),
+        "attend_window": attended * min(context, c.sliding_window),
         "linear": 2 * batch * c.hidden_size * c.intermediate_size,
-        "close_layer": 2 * batch * _closing_parameters(c),
+        "close_layer": 2 * batch * sum(out * width for out, width in _closing(c)),
         "lm_head": 2 * batch * c.hidden_size * c.vocab_size,
     }
     return per_op.get(op, 0)

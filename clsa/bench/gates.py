@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from clsa import spec
 from clsa.config import PAGE_SIZE
-from clsa.ops import Array, Memory, Ops, Queries, SamplingBatch, Selection, Window
+from clsa.ops import Array, Float8Weight, HeadNorms, Memory, Ops, Queries, SamplingBatch, Selection, Weight, Window
 
 # Relative RMS error: rounding to the dtype a few times, and float32 sums of 100,000 terms in any order.
 LIMITS = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -48,6 +49,16 @@ def host_rows(ops: Ops, x: Array, rows: np.ndarray) -> np.ndarray:
 
 def _host(ops: Ops, x: Array, rows: np.ndarray) -> np.ndarray:
     return ops.to_numpy(ops.take(x, ops.asarray(rows.astype(np.int32))))
+
+
+def host_weight(ops: Ops, weight: Weight) -> np.ndarray:
+    """A weight on the host, in float64."""
+    exact: np.ndarray
+    if isinstance(weight, Float8Weight):
+        exact = host_weight(ops, weight.values) * host_weight(ops, weight.scales)[:, None]
+    else:
+        exact = ops.to_numpy(weight).astype(np.float64)
+    return exact
 
 
 def select_gate(ops: Ops, q_idx: Array, memory: Memory, queries: Queries, k: int) -> Gate:
@@ -97,32 +108,46 @@ def attention_gate(ops: Ops, q: Array, memory: Memory, rows: Callable[[int], np.
     return gate
 
 
-def sliding_gate(ops: Ops, q: Array, k: Array, v: Array, window: Window, queries: Queries, dtype: str) -> Gate:
-    """The specification on one sequence at a time."""
+def window_gate(
+    ops: Ops, q: Array, k: Array, v: Array, norms: HeadNorms, queries: Queries, ring_mapping: Array, dtype: str
+) -> Gate:
+    """The specification on one token of one sequence at a time, and the row of the ring that it is written to."""
 
-    def gate(out: Array) -> str | None:
+    def gate(out: tuple[Array, Window]) -> str | None:
+        attended, window = out
         asked, keys, values = (ops.to_numpy(x).astype(np.float64) for x in (q, k, v))
-        got, positions = ops.to_numpy(out), ops.to_numpy(queries.positions)
+        exact = replace(norms, q=host_weight(ops, norms.q), k=host_weight(ops, norms.k))
+        got, positions, own = (ops.to_numpy(x) for x in (attended, queries.positions, ring_mapping))
         slots = ops.to_numpy(queries.window_slots)
         for b in sampled_rows(len(asked)):
+            # The ring as it is left will do: the row that is written held a token that is out of sight.
             ring = np.arange(slots[b] * window.size, (slots[b] + 1) * window.size)
             alone = Window(host_rows(ops, window.k, ring), host_rows(ops, window.v, ring), window.size)
+            written = [x[own[b] % window.size].copy() for x in (alone.k, alone.v)]
             zero, context = np.zeros(1, np.int32), (int(positions[b]) + 1,)
             one = Queries(positions[b : b + 1], zero, zero[None], zero, (0, 1), context)
-            want = spec.sliding_attention(asked[b : b + 1], keys[b : b + 1], values[b : b + 1], alone, one)
-            if wrong := difference(got[b : b + 1], want, dtype):
+            here, local = slice(b, b + 1), own[b : b + 1] % window.size
+            want, after = spec.attend_window(asked[here], keys[here], values[here], exact, alone, one, local)
+            if wrong := difference(got[here], want, dtype):
                 return f"query {b}: {wrong}"
+            for name, row, ring_after in zip("kv", written, (after.k, after.v), strict=True):
+                if wrong := difference(row, ring_after[local[0]], dtype):
+                    return f"query {b}: {name} in the ring: {wrong}"
         return None
 
     return gate
 
 
-def linear_gate(ops: Ops, x: Array, weight: Array, dtype: str) -> Gate:
+def linear_gate(ops: Ops, x: Array, weight: Weight, dtype: str) -> Gate:
     """Sixteen columns of a matrix product."""
 
     def gate(out: Array) -> str | None:
-        columns = np.linspace(0, weight.shape[0] - 1, 16).astype(np.int64)
-        want = ops.to_numpy(x).astype(np.float64) @ host_rows(ops, weight, columns).T
+        first = weight.values if isinstance(weight, Float8Weight) else weight
+        columns = np.linspace(0, first.shape[0] - 1, 16).astype(np.int64)
+        matrix = host_rows(ops, first, columns)
+        if isinstance(weight, Float8Weight):
+            matrix *= host_rows(ops, weight.scales, columns)[:, None]
+        want = ops.to_numpy(x).astype(np.float64) @ matrix.T
         return difference(ops.to_numpy(out)[:, columns], want, dtype)
 
     return gate
@@ -132,19 +157,19 @@ def close_layer_gate(
     ops: Ops,
     x: Array,
     o: Array,
-    o_proj: Array,
+    o_proj: Weight,
     norm: Array,
     eps: float,
-    gate: Array,
-    up: Array,
-    down: Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     dtype: str,
 ) -> Gate:
     """The end of a layer for the first row."""
 
     def check(out: Array) -> str | None:
         first, attended = (ops.to_numpy(a)[:1].astype(np.float64) for a in (x, o))
-        w_o, scale, w_gate, w_up, w_down = (ops.to_numpy(w).astype(np.float64) for w in (o_proj, norm, gate, up, down))
+        w_o, scale, w_gate, w_up, w_down = (host_weight(ops, w) for w in (o_proj, norm, gate, up, down))
         want = spec.close_layer(first, attended, w_o, scale, eps, w_gate, w_up, w_down)
         return difference(ops.to_numpy(out)[:1], want, dtype)
 

@@ -11,15 +11,15 @@ import numpy as np
 from clsa.batch import upload
 from clsa.bench import gates
 from clsa.bench.random_arrays import RandomRows, fill_memory, fill_window
-from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
-from clsa.ops import Array, Memory, Ops, Queries, Selection
+from clsa.config import MODEL_DTYPE, PAGE_SIZE, MemoryDtypes, ModelConfig, SamplingParams
+from clsa.ops import Array, HeadNorms, Memory, Ops, Queries, Selection, Weight
 from clsa.sampling import SamplingRow, pack_sampling
 
 ROTATION_BYTES = 256 << 20  # that all sets of inputs of an op should read together, where memory allows
 MAX_SETS = 16
 MEMORY_SHARE = 0.5  # of the free memory that inputs may take
 
-EACH_CONTEXT = ("select", "gather_attention", "dense_attention", "sliding_attention")  # the others do not depend on it
+EACH_CONTEXT = ("select", "gather_attention", "dense_attention", "attend_window")  # the others do not depend on it
 OPS = (*EACH_CONTEXT, "linear", "close_layer", "lm_head", "sample", "sample_top_p")
 
 
@@ -61,6 +61,8 @@ class OpInputs:
         dtype: str,
         context: int,
         batch: int,
+        stored: MemoryDtypes = MODEL_DTYPE,
+        weight_dtype: str | None = None,
         *,
         chunk: int = 1,
         max_sets: int = MAX_SETS,
@@ -68,6 +70,7 @@ class OpInputs:
         """`chunk` queries of each sequence at the end of its context, as in prefill (`gather_attention` takes 1)."""
         self._ops, self._config, self._dtype = ops, config, dtype
         self._context, self._batch, self._chunk, self._max_sets = context, batch, chunk, max_sets
+        self._stored, self._weight_dtype = stored, weight_dtype
         self._rng = np.random.default_rng([context, batch])
         self._paged: Paged | None = None
 
@@ -77,8 +80,8 @@ class OpInputs:
             "select": self._select,
             "gather_attention": self._gather,
             "dense_attention": self._dense,
-            "sliding_attention": self._sliding,
-            "linear": lambda: self._linear("linear", self._config.intermediate_size),
+            "attend_window": self._window,
+            "linear": lambda: self._linear("linear", self._config.intermediate_size, self._weight_dtype),
             "close_layer": self._close_layer,
             "lm_head": lambda: self._linear("lm_head", self._config.vocab_size),
             "sample": lambda: self._sample("sample", SamplingParams()),
@@ -116,14 +119,17 @@ class OpInputs:
     def _make_pages(self) -> Paged:
         ops, c = self._ops, self._config
         per_sequence = -(-self._context // PAGE_SIZE)
-        index_bytes = c.index_head_dim * ops.itemsize(self._dtype)
-        row_bytes = index_bytes + 2 * c.num_key_value_heads * c.head_dim * ops.itemsize(self._dtype)
+        index_bytes = c.index_head_dim * ops.itemsize(self._stored.index or self._dtype)
+        kv_numbers = 2 * c.num_key_value_heads * c.head_dim
+        row_bytes = index_bytes + kv_numbers * ops.itemsize(self._stored.kv or self._dtype)
         wanted = self._batch * per_sequence
         sets = max(1, min(self._max_sets, -(-ROTATION_BYTES // (wanted * PAGE_SIZE * index_bytes))))
         fit = int(MEMORY_SHARE * ops.memory_stats()["free"]) // (row_bytes * PAGE_SIZE)
         pages = max(per_sequence, min(sets * wanted, fit))
         sets = max(1, min(sets, pages // wanted))
-        memory = ops.new_memory(pages * PAGE_SIZE, c.num_key_value_heads, c.head_dim, c.index_head_dim, self._dtype)
+        memory = ops.new_memory(
+            pages * PAGE_SIZE, c.num_key_value_heads, c.head_dim, c.index_head_dim, self._dtype, self._stored
+        )
         kv = RandomRows(ops, c.num_key_value_heads * c.head_dim, self._dtype, seed=2)
         memory = fill_memory(ops, memory, c, pages * PAGE_SIZE, kv, RandomRows(ops, c.index_head_dim, self._dtype, 2))
         order = self._rng.permutation(pages)
@@ -153,26 +159,34 @@ class OpInputs:
         return positions, rows, np.full(self._batch, count, np.int32)
 
     # -- over the rest -----------------------------------------------------------------------------------------------
-    def _sliding(self) -> OpCase:
+    def _window(self) -> OpCase:
         ops, c = self._ops, self._config
         ring_bytes = 2 * c.sliding_window * c.num_key_value_heads * c.head_dim * ops.itemsize(self._dtype)
         sets = max(1, min(self._max_sets, -(-ROTATION_BYTES // (self._batch * ring_bytes))))
         kv = RandomRows(ops, c.num_key_value_heads * c.head_dim, self._dtype, seed=3)
         queries = self._queries(np.arange(self._batch * -(-self._context // PAGE_SIZE)))
+        norms = HeadNorms(self._head_norm(), self._head_norm(), c.rms_norm_eps, c.rope_theta)
+        own = np.arange(self._batch) * c.sliding_window + (self._context - 1) % c.sliding_window
+        ring_mapping = ops.asarray(own.astype(np.int32))
         inputs = []
         for _ in range(sets):
             empty = ops.new_window(self._batch, c.sliding_window, c.num_key_value_heads, c.head_dim, self._dtype)
             window = fill_window(ops, empty, c, self._batch * c.sliding_window, kv)
             q, k, v = (self._heads(h) for h in (c.num_attention_heads, *[c.num_key_value_heads] * 2))
-            inputs.append((q, k, v, window, queries))
-        return OpCase(
-            "sliding_attention", ops.sliding_attention, inputs, gates.sliding_gate(ops, *inputs[0], self._dtype)
-        )
+            inputs.append((q, k, v, norms, window, queries, ring_mapping))
+        q, k, v, *_ = inputs[0]
+        gate = gates.window_gate(ops, q, k, v, norms, queries, ring_mapping, self._dtype)
+        return OpCase("attend_window", ops.attend_window, inputs, gate)
 
-    def _linear(self, name: str, width: int) -> OpCase:
+    def _head_norm(self) -> Array:
+        """Weight of a norm over one head, around one."""
+        return self._ops.asarray(self._rng.normal(1.0, 0.1, self._config.head_dim).astype(np.float32), self._dtype)
+
+    def _linear(self, name: str, width: int, weight_dtype: str | None = None) -> OpCase:
         ops, c = self._ops, self._config
         source = RandomRows(ops, c.hidden_size, self._dtype, seed=4, std=0.02)
-        weights = [source.matrix(width) for _ in range(self._weight_sets(c.hidden_size * width))]
+        sets = self._weight_sets(c.hidden_size * width, weight_dtype)
+        weights = [self._weight(source, width, weight_dtype) for _ in range(sets)]
         x = self._rows(c.hidden_size)
         gate = gates.linear_gate(ops, x, weights[0], self._dtype)
         return OpCase(name, ops.linear, [(x, weight) for weight in weights], gate)
@@ -186,8 +200,10 @@ class OpInputs:
         numbers = sum(rows * width for rows, width in shapes.values())
         x, o, norm = self._rows(c.hidden_size), self._rows(attended), self._rows(c.hidden_size)[0]
         sets = []
-        for _ in range(self._weight_sets(numbers)):
-            out, gate, up, down = (sources[width].matrix(rows) for rows, width in shapes.values())
+        for _ in range(self._weight_sets(numbers, self._weight_dtype)):
+            out, gate, up, down = (
+                self._weight(sources[width], rows, self._weight_dtype) for rows, width in shapes.values()
+            )
             sets.append((x, o, out, norm, c.rms_norm_eps, gate, up, down))
         return OpCase("close_layer", ops.close_layer, sets, gates.close_layer_gate(ops, *sets[0], self._dtype))
 
@@ -200,8 +216,12 @@ class OpInputs:
         gate = gates.sample_gate(ops, logits, packed)
         return OpCase(name, ops.sample, [(logits, sampling)], gate)
 
-    def _weight_sets(self, numbers: int) -> int:
-        num_bytes = numbers * self._ops.itemsize(self._dtype)
+    def _weight(self, source: RandomRows, rows: int, weight_dtype: str | None) -> Weight:
+        matrix = source.matrix(rows)
+        return self._ops.float8_weight(matrix) if weight_dtype else matrix
+
+    def _weight_sets(self, numbers: int, weight_dtype: str | None) -> int:
+        num_bytes = numbers * self._ops.itemsize(weight_dtype or self._dtype)
         fit = int(MEMORY_SHARE * self._ops.memory_stats()["free"]) // num_bytes
         return max(1, min(self._max_sets, -(-ROTATION_BYTES // num_bytes), fit))
 

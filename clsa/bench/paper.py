@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clsa.bench.bench import Bench
-from clsa.bench.op_cases import OpInputs
+from clsa.bench.checks import op_inputs
 from clsa.bench.report import Column, Report, Row
 from clsa.bench.runs import op_row
 from clsa.bench.steps import decode_row, page_room, prefill_row
@@ -94,9 +94,9 @@ def _ratio(row: Row, base: Row, key: str) -> float | None:
 def _op_seconds(bench: Bench, context: int, batch: int) -> dict[str, float | None]:
     """Seconds of each op of a layer at the plans' common sizes; None where the result was wrong."""
     config = bench.config("clsa", page_room(context))
-    names = ("close_layer", "select", "gather_attention", "dense_attention", "sliding_attention")
+    names = ("close_layer", "select", "gather_attention", "dense_attention", "attend_window")
     seconds = {}
-    for case in OpInputs(bench.ops, config, bench.dtype, context, batch).cases(names):
+    for case in op_inputs(bench, config, context, batch).cases(names):
         bench.note(f"paper: {case.op}, {context:,} tokens, batch {batch}")
         seconds[case.op] = op_row(bench, config, case, context, batch)["seconds"]
     return seconds
@@ -106,7 +106,7 @@ def layer_latency(config: ModelConfig, seconds: dict[str, float | None]) -> Row:
     """Latency of an average layer, from the ops timed apart: feed-forward (with the output projection),
     attention, routing, and their sum."""
     layers = make_plan(config).layers
-    attention = {None: "sliding_attention", "D": "dense_attention", "F": "gather_attention", "S": "gather_attention"}
+    attention = {None: "attend_window", "D": "dense_attention", "F": "gather_attention", "S": "gather_attention"}
     used = {
         "mlp": ["close_layer"] * len(layers),
         "attention": [attention[layer.route] for layer in layers],

@@ -53,7 +53,7 @@ def device_timer(ops: Ops) -> DeviceTimer | None:
 
 
 def release_cache(ops: Ops) -> None:
-    """Let the backend of these ops give back what it keeps for later: pieces of it may be in the way of large arrays."""
+    """Let the backend give back what it keeps for later: pieces of it may be in the way of large arrays."""
     release = getattr(_backend(ops.name), "bench_release_cache", None)
     if release is not None:
         release()

@@ -25,7 +25,8 @@ _OPS = {
     "select": ("o", "#e69f00"),
     "gather_attention": ("s", "#0072b2"),
     "dense_attention": ("D", "#7f7f7f"),
-    "sliding_attention": ("^", "#56b4e9"),
+    "attend_window": ("^", "#56b4e9"),
+    "sliding_attention": ("^", "#56b4e9"),  # in results from before attend_window was timed
     "linear": ("v", "#009e73"),
     "close_layer": ("P", "#d55e00"),
     "lm_head": ("X", "#cc79a7"),

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from clsa.config import ModelConfig
+from clsa.config import MODEL_DTYPE, MemoryDtypes, ModelConfig
 from clsa.model import new_state
-from clsa.ops import Array, Memory, Ops, State, Window
+from clsa.ops import Array, Float8Weight, Memory, Ops, State, Window
 from clsa.params import INIT_STD, nest, tensor_shapes
 from clsa.plan import Plan
+from clsa.weights import in_float8
 
 _BLOCK_NUMBERS = 1 << 23  # of a block; 32 MB in float32
 _MIN_ROWS, _MAX_ROWS = 64, 4096
@@ -52,10 +53,15 @@ class RandomRows:
         return self._rng.standard_normal((self._block_rows, width), dtype=np.float32)
 
 
-def random_params(ops: Ops, config: ModelConfig, dtype: str, seed: int = 0) -> Mapping[str, Any]:
-    """Weights of the right shapes and about the right sizes: matrices normal, norms around one."""
+def random_params(
+    ops: Ops, config: ModelConfig, dtype: str, weight_dtype: str | None = None, seed: int = 0
+) -> Mapping[str, Any]:
+    """Weights of the right shapes and about the right sizes: matrices normal, norms around one.
+
+    `weight_dtype` as `load_weights` takes it.
+    """
     sources: dict[int, RandomRows] = {}
-    flat: dict[str, Array] = {}
+    flat: dict[str, Array | Float8Weight] = {}
     rng = np.random.default_rng(seed)
     for name, shape in tensor_shapes(config).items():
         if len(shape) == 1:
@@ -63,16 +69,19 @@ def random_params(ops: Ops, config: ModelConfig, dtype: str, seed: int = 0) -> M
             continue
         if shape[1] not in sources:
             sources[shape[1]] = RandomRows(ops, shape[1], dtype, seed, INIT_STD)
-        flat[name] = sources[shape[1]].matrix(shape[0])
+        matrix = sources[shape[1]].matrix(shape[0])
+        flat[name] = ops.float8_weight(matrix) if weight_dtype and in_float8(name, shape) else matrix
         ops.evaluate(flat[name])
     wait(ops, list(flat.values()))
     return nest(flat)
 
 
-def random_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, seed: int = 1) -> State:
+def random_state(
+    ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, stored: MemoryDtypes = MODEL_DTYPE, seed: int = 1
+) -> State:
     """State in which every row of `rows` tokens of memory and every ring of `slots` sequences is random."""
     c = plan.config
-    state = new_state(ops, plan, rows, slots, dtype)
+    state = new_state(ops, plan, rows, slots, dtype, stored)
     kv = RandomRows(ops, c.num_key_value_heads * c.head_dim, dtype, seed)
     index = RandomRows(ops, c.index_head_dim, dtype, seed) if any(plan.memory_has_index) else None
     # Tuples are rebuilt one by one: a backend that writes in place must not find the old value held.

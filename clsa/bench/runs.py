@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from clsa.bench.bench import Bench
+from clsa.bench.checks import op_inputs
 from clsa.bench.engine import MEMORY_SHARE, free_bytes
 from clsa.bench.floors import op_bytes, op_flops
-from clsa.bench.op_cases import EACH_CONTEXT, OPS, OpCase, OpInputs
+from clsa.bench.op_cases import EACH_CONTEXT, OPS, OpCase
 from clsa.bench.peers import OpPeer, op_peers, peers
 from clsa.bench.report import Column, Report, Row
 from clsa.bench.sizes import plan_config
@@ -56,11 +57,12 @@ def bench_ops(bench: Bench) -> Report:
     report = bench.report("ops", OP_COLUMNS, **bench.ceiling_facts())
     s = bench.settings
     config = bench.config("clsa", max(s.contexts))
-    others = op_peers(bench.ops, bench.dtype, s.device) if s.peers else []
+    is_float8 = s.kv_dtype or s.index_dtype or s.weight_dtype  # what others offer takes no inputs of that kind
+    others = op_peers(bench.ops, bench.dtype, s.device) if s.peers and not is_float8 else []
     for context in s.contexts:
         names = OPS if context == s.contexts[0] else EACH_CONTEXT
         for batch in s.batches:
-            for case in OpInputs(bench.ops, config, bench.dtype, context, batch).cases(names):
+            for case in op_inputs(bench, config, context, batch).cases(names):
                 bench.note(f"ops: {case.op}, {context:,} tokens, batch {batch}")
                 report.rows.append(op_row(bench, config, case, context, batch))
                 report.rows += [
@@ -79,7 +81,7 @@ def op_row(bench: Bench, config: ModelConfig, case: OpCase, context: int, batch:
     if wrong:
         return row | {"wrong": wrong, "note": f"WRONG, not timed: {wrong}"}
     times = bench.stopwatch.time(case.run, case.num_inputs)
-    moved = op_bytes(case.op, config, context, batch, bench.itemsize)
+    moved = op_bytes(case.op, config, context, batch, bench.itemsize, bench.stored, bench.weight_dtype)
     floor = moved / bench.ceilings.read
     return row | {
         "seconds": times.median,
@@ -175,4 +177,4 @@ def capacity(bench: Bench, config: ModelConfig) -> int:
 
 def _bytes_each(bench: Bench, config: ModelConfig) -> int:
     pages = num_pages(config.max_position_embeddings)
-    return state_bytes(bench.ops, make_plan(config), bench.dtype, pages, 1)
+    return state_bytes(bench.ops, make_plan(config), bench.dtype, pages, 1, bench.stored)

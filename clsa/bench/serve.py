@@ -93,7 +93,7 @@ def bench_serve(bench: Bench, load: Load) -> Report:
 def _engine(bench: Bench, config: ModelConfig, load: Load) -> Engine:
     params = bench.params(config)
     wanted = load.max_num_seqs * num_pages(load.longest)
-    pages = fitting_pages(bench.ops, config, bench.dtype, wanted, load.max_num_seqs)
+    pages = fitting_pages(bench.ops, config, bench.dtype, wanted, load.max_num_seqs, bench.stored)
     return make_engine(
         bench.ops,
         params,
@@ -102,6 +102,7 @@ def _engine(bench: Bench, config: ModelConfig, load: Load) -> Engine:
         pages=pages,
         slots=load.max_num_seqs,
         tokens_per_step=bench.settings.tokens_per_step,
+        stored=bench.stored,
     )
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from clsa import spec
 from clsa.batch import SequenceChunk, build_batch
-from clsa.bench.gates import difference, select_gate
+from clsa.bench.gates import difference, host_weight, select_gate
 from clsa.bench.random_arrays import random_params
-from clsa.config import PAGE_SIZE, ModelConfig
+from clsa.config import MODEL_DTYPE, PAGE_SIZE, MemoryDtypes, ModelConfig
 from clsa.model import forward, new_state
 from clsa.ops import Array, Memory, Ops, Queries, Selection, State
 from clsa.plan import Plan, make_plan
@@ -29,16 +29,22 @@ _BEYOND = (200, 77)  # tokens of each sequence beyond k
 _CHUNKS = (37, 5)  # tokens of each that are prefilled before the decode step
 
 
-def step_gate(ops: Ops, config: ModelConfig, dtype: str) -> str | None:
+def step_gate(
+    ops: Ops,
+    config: ModelConfig,
+    dtype: str,
+    stored: MemoryDtypes = MODEL_DTYPE,
+    weight_dtype: str | None = None,
+) -> str | None:
     """What is wrong with a prefill step and a decode step of this plan on this device; None if nothing is."""
     small = few_layers(config)
     plan, rng = make_plan(small), np.random.default_rng(9)
     contexts = [small.index_topk + beyond for beyond in _BEYOND]
     each = -(-(max(contexts) + max(_CHUNKS) + 1) // PAGE_SIZE)
     tables = rng.permutation(len(contexts) * each).reshape(len(contexts), each).tolist()
-    params = random_params(ops, small, dtype)
+    params = random_params(ops, small, dtype, weight_dtype)
     exact_params = _on_host(ops, params)
-    state, exact_state = _states(ops, plan, len(contexts) * each * PAGE_SIZE, dtype, rng)
+    state, exact_state = _states(ops, plan, len(contexts) * each * PAGE_SIZE, dtype, stored, rng)
     for lengths, where in ((_CHUNKS, "prefill"), ((1, 1), "decode")):
         chunks = [
             SequenceChunk(rng.integers(0, small.vocab_size, n).tolist(), start, table, b, "last")
@@ -107,13 +113,15 @@ def _on_host(ops: Ops, tree: Any) -> Any:
         return {name: _on_host(ops, value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_on_host(ops, value) for value in tree]
-    return ops.to_numpy(tree).astype(np.float64)
+    return host_weight(ops, tree)
 
 
-def _states(ops: Ops, plan: Plan, rows: int, dtype: str, rng: np.random.Generator) -> tuple[State, State]:
+def _states(
+    ops: Ops, plan: Plan, rows: int, dtype: str, stored: MemoryDtypes, rng: np.random.Generator
+) -> tuple[State, State]:
     """The same random state on the device and in the specification."""
     c = plan.config
-    device, exact = new_state(ops, plan, rows, 2, dtype), new_state(spec.backend.open(None), plan, rows, 2, dtype)
+    device, exact = (new_state(where, plan, rows, 2, dtype, stored) for where in (ops, spec.backend.open(None)))
     memories, windows = list(device.memories), list(device.windows)
     del device
 

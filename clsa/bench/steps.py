@@ -57,9 +57,9 @@ def time_decode(
     """
     ops, plan = bench.ops, make_plan(config)
     each = num_pages(config.max_position_embeddings)
-    pages = fitting_pages(ops, config, bench.dtype, batch * each, batch)
+    pages = fitting_pages(ops, config, bench.dtype, batch * each, batch, bench.stored)
     note = "" if pages >= batch * each else f"sequences share pages: {pages:,} of {batch * each:,} fit"
-    states: list[State] = [filled_state(ops, config, bench.dtype, pages, batch)]
+    states: list[State] = [filled_state(ops, config, bench.dtype, pages, batch, bench.stored)]
     order = np.random.default_rng(4).permutation(pages)
     tables = [order[(np.arange(each) + b * each) % pages].tolist() for b in range(batch)]
 
@@ -100,7 +100,7 @@ def decode_row(
         return row | {"wrong": wrong, "note": f"WRONG, not timed: {wrong}"}
     bench.note(f"decode: {name}, {context:,} tokens, batch {batch}")
     times = time_decode(bench, config, params, context, batch, answer)
-    needed = decode_bytes(config, context, batch, bench.itemsize)
+    needed = decode_bytes(config, context, batch, bench.itemsize, bench.stored, bench.weight_dtype)
     floor = needed.total / bench.ceilings.read
     row |= {
         "step_seconds": times.step.median,
@@ -148,7 +148,8 @@ def prefill_row(bench: Bench, name: str, config: ModelConfig, params: Params, to
     if wrong := wrong_prefill(bench, name, config, length):
         return row | {"wrong": wrong, "note": f"WRONG, not timed: {wrong}"}
     bench.note(f"prefill: {name}, {count} x {length:,} tokens")
-    pages = fitting_pages(bench.ops, config, bench.dtype, count * num_pages(length + 1), min(count, step))
+    wanted = count * num_pages(length + 1)
+    pages = fitting_pages(bench.ops, config, bench.dtype, wanted, min(count, step), bench.stored)
     if pages < num_pages(length + 1):
         return row | {"note": f"a prompt needs {num_pages(length + 1):,} pages, {pages:,} fit"}
     estimate = _estimate(bench, config, params, length) if length >= _SAMPLED_STEPS * step else 0.0
@@ -170,7 +171,7 @@ def _estimate(bench: Bench, config: ModelConfig, params: Params, length: int) ->
     """Seconds of a whole prompt, from three of its steps."""
     ops, plan, step = bench.ops, make_plan(config), bench.settings.tokens_per_step
     pages = num_pages(length)
-    state = filled_state(ops, config, bench.dtype, pages, 1)
+    state = filled_state(ops, config, bench.dtype, pages, 1, bench.stored)
     (prompt,) = random_prompts(1, step)
 
     def seconds(start: int) -> float:
@@ -190,8 +191,16 @@ def _estimate(bench: Bench, config: ModelConfig, params: Params, length: int) ->
 
 def _time_prompts(bench: Bench, config: ModelConfig, params: Params, count: int, length: int, pages: int) -> Times:
     step = bench.settings.tokens_per_step
-    slots = min(count, step)
-    engine = make_engine(bench.ops, params, config, bench.dtype, pages=pages, slots=slots, tokens_per_step=step)
+    engine = make_engine(
+        bench.ops,
+        params,
+        config,
+        bench.dtype,
+        pages=pages,
+        slots=min(count, step),
+        tokens_per_step=step,
+        stored=bench.stored,
+    )
     seeds = iter(range(1 << 30))
 
     def run(prompts: list[list[int]]) -> float:

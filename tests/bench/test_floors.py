@@ -8,7 +8,7 @@ import pytest
 
 from clsa.bench import floors
 from clsa.bench.sizes import PLANS, SIZES, plan_config
-from clsa.config import ModelConfig, Quantization
+from clsa.config import FP8, MemoryDtypes, ModelConfig, Quantization
 from clsa.errors import RequestError
 from clsa.params import state_bytes_per_token, window_bytes
 
@@ -121,3 +121,41 @@ def test_unknown_names_are_refused() -> None:
         plan_config("7b", "clsa", 64)
     with pytest.raises(RequestError, match="plans must be among transformer"):
         plan_config("tiny", "mamba", 64)
+
+
+def test_what_is_kept_in_8_bits_counts_a_byte() -> None:
+    plain = floors.decode_bytes(paper("clsa"), CONTEXT, 1, BF16)
+    both = MemoryDtypes(FP8, FP8)
+    kept = floors.decode_bytes(paper("clsa"), CONTEXT, 1, BF16, both)
+    assert (2 * kept.index_keys, 2 * kept.selected) == (plain.index_keys, plain.selected)
+    assert (kept.weights, kept.windows) == (plain.weights, plain.windows)
+    keys_alone = floors.decode_bytes(paper("clsa"), CONTEXT, 1, BF16, MemoryDtypes(index=FP8))
+    assert (keys_alone.index_keys, keys_alone.selected) == (kept.index_keys, plain.selected)
+    yoco = floors.decode_bytes(paper("yoco"), CONTEXT, 1, BF16, both)
+    assert 2 * yoco.dense == floors.decode_bytes(paper("yoco"), CONTEXT, 1, BF16).dense
+    # The head and the norms stay as they are; a row of a projection has a scale.
+    head = 151936 * 2560 * BF16
+    sliding = (2 * 2560 * 2560 + 2 * 512 * 2560, 2 * 2560 + 2 * 512)
+    cross, every = (2 * 2560 * 2560, 2 * 2560), (3 * 2560 * 7680, 2 * 7680 + 2560)
+    shared = (2 * 512 * 2560 + 2 * 128 * 2560, 2 * 512 + 2 * 128)
+    numbers, rows = (16 * sliding[i] + 16 * cross[i] + 32 * every[i] + shared[i] for i in range(2))
+    norms = BF16 * (32 * 2 * 2560 + 16 * 2 * 128 + 2 * 2560)
+    weights = floors.decode_bytes(paper("clsa"), CONTEXT, 1, BF16, weight_dtype=FP8).weights
+    assert weights == numbers + 4 * rows + norms + head
+
+
+def test_ops_on_what_is_kept_in_8_bits() -> None:
+    config, both = paper("clsa"), MemoryDtypes(FP8, FP8)
+
+    def saved(op: str) -> int:
+        plain = floors.op_bytes(op, config, CONTEXT, 8, BF16)
+        return plain - floors.op_bytes(op, config, CONTEXT, 8, BF16, both, FP8)
+
+    assert saved("select") == 8 * CONTEXT * 128
+    assert saved("gather_attention") == 8 * 2048 * 2 * 4 * 128
+    assert saved("dense_attention") == 8 * CONTEXT * 2 * 4 * 128
+    assert saved("linear") == 2560 * 7680 - 4 * 7680
+    assert saved("close_layer") == 2560 * 2560 + 3 * 2560 * 7680 - 4 * (2 * 2560 + 2 * 7680)
+    assert saved("attend_window") == saved("lm_head") == saved("sample") == 0
+    ring = floors.op_bytes("attend_window", config, CONTEXT, 1, BF16) - 2 * 20 * 128 * BF16
+    assert ring == (512 + 1) * 2 * 4 * 128 * BF16
