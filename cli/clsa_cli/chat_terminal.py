@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from clsa_cli import output
-from clsa_cli.output import _SYMBOLS
+from clsa_cli.output import CONTROL_SYMBOLS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -141,7 +141,7 @@ class MarkdownView:
 
     def write(self, text: str) -> None:
         new_line = "\n" in text or self._block.endswith("\n")
-        self._block += text.translate(_SYMBOLS)
+        self._block += text.translate(CONTROL_SYMBOLS)
         if new_line and (end := block_end(self._block)):
             self._print(self._block[:end])
             self._block = self._block[end:]

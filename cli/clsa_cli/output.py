@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from clsa import ModelConfig
 
 MAX_LINE = 2000
-# A terminal obeys control characters, whoever wrote them: there they are shown as symbols instead.
-_SYMBOLS = (
+# For `str.translate`. A terminal obeys control characters, whoever wrote them: there they are shown as symbols instead.
+CONTROL_SYMBOLS = (
     {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
     | {0x7F: 0x2421}
     | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -29,7 +29,7 @@ _SYMBOLS = (
 
 def write(text: str) -> None:
     """Put text on stdout at once: unchanged, except that a terminal gets symbols for control characters."""
-    sys.stdout.write(text.translate(_SYMBOLS) if sys.stdout.isatty() else text)
+    sys.stdout.write(text.translate(CONTROL_SYMBOLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -127,4 +127,4 @@ def weights(config: ModelConfig, num_bytes: int) -> str:
 def echo_prompt(text: str) -> None:
     """The end of the prompt, dim on stderr, so that the answer on stdout reads on from it."""
     shown = text if len(text) <= MAX_LINE else "..." + text[-MAX_LINE:]
-    typer.echo(typer.style(shown.translate(_SYMBOLS), dim=True), nl=False, err=True)
+    typer.echo(typer.style(shown.translate(CONTROL_SYMBOLS), dim=True), nl=False, err=True)

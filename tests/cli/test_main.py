@@ -17,17 +17,20 @@ from tests.cli.fake import FakeLLM
 
 SAMPLING = ["--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--seed", "--repetition-penalty", "--stop"]
 MACHINE = ["--model", "--backend", "--device", "--dtype"]
+STATE = ["--max-tokens-in-memory", "--kv-dtype", "--index-dtype", "--weight-dtype"]
 OPTIONS = {
     "generate": [
-        *("--prompt", "--input", "--output", "--json", "--report", "--no-stream", "--logprobs"),
+        *("--prompt", "--input", "--output", "--json", "--report", "--no-stream", "--logprobs", "--ordered"),
+        *("--load-cache", "--save-cache", "--salt"),
         *SAMPLING,
         *MACHINE,
+        *STATE,
     ],
-    "chat": ["--system", *SAMPLING, *MACHINE],
-    "train": ["--model", "--backend", "--device"],
-    "eval": ["--model", "--backend", "--device"],
+    "chat": ["--system", "--file", "--cache-dir", "--cache-bytes", "--plain", *SAMPLING, *MACHINE, *STATE],
+    "train": ["--recipe", "--data", "--out", "--resume", "--max-minutes", *MACHINE],
+    "eval": ["--data", "--lengths", "--against", "--output", "--batch-tokens", "--max-windows", *MACHINE],
     "convert": ["--model", "--out", "--quantize", "--group-size", "--dtype", "--backend", "--json"],
-    "info": ["--model", "--backend", "--json"],
+    "info": ["--model", "--backend", "--json", *STATE],
 }
 
 
