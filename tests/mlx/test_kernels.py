@@ -6,6 +6,9 @@ import pytest
 
 from tests.metal.test_attend_window import test_shapes as test_attend_window_shapes
 from tests.metal.test_attend_window import test_windows, test_windows_in_parts
+from tests.metal.test_float8 import test_every_byte as test_float8_every_byte
+from tests.metal.test_float8 import test_gather_attention as test_float8_gather_attention
+from tests.metal.test_float8 import test_select as test_float8_select
 from tests.metal.test_gather_attention import (
     test_infinite_scores,
     test_large_scores_do_not_overflow,
@@ -30,6 +33,9 @@ __all__ = [
     "ops",
     "test_add_rms_norm",
     "test_attend_window_shapes",
+    "test_float8_every_byte",
+    "test_float8_gather_attention",
+    "test_float8_select",
     "test_gather_attention_shapes",
     "test_index_dims",
     "test_infinite_scores",
