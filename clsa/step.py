@@ -60,13 +60,13 @@ def _seen(request: Request) -> Sequence[int]:
 
 
 def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
-    """The same decode step with rows and page tables padded to powers of two, so that few shapes occur.
+    """The same decode step with rows padded to a bucket and page tables to a power of two, so that few shapes occur.
 
     A padded row stands at position -1, sees nothing and writes nothing. `max_pages` bounds the page tables.
     """
     batch, queries = inputs.batch, inputs.batch.queries
     num_rows, num_pages = queries.block_table.shape
-    rows = _power_of_two(num_rows)
+    rows = bucket(num_rows)
     pages = min(_power_of_two(num_pages), max_pages)
     table = np.full((rows, pages), -1, np.int32)
     table[:num_rows, :num_pages] = queries.block_table
@@ -127,6 +127,12 @@ def _pad(x: np.ndarray, rows: int, value: int) -> np.ndarray:
     padded = np.full((rows, *x.shape[1:]), value, x.dtype)
     padded[: len(x)] = x
     return padded
+
+
+def bucket(rows: int) -> int:
+    """Powers of two up to 32, then four sizes for each doubling: what is computed for nobody stays below a fifth."""
+    step = max(1, _power_of_two(rows) // 8) if rows > 32 else _power_of_two(rows)
+    return -(-rows // step) * step
 
 
 def _power_of_two(n: int) -> int:
