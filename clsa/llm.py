@@ -11,18 +11,17 @@ from typing import TypeVar, cast
 import numpy as np
 
 from clsa.backend import load_backend
-from clsa.cache_file import cache_key, cache_metadata, read_cache, write_cache
 from clsa.chat_file import chat_metadata, read_chat
 from clsa.checkpoint import Checkpoint, open_checkpoint
-from clsa.config import DTYPES, PAGE_SIZE, EngineConfig, ModelConfig, SamplingParams, check_float
+from clsa.config import DTYPES, EngineConfig, ModelConfig, SamplingParams, check_float
 from clsa.engine import Engine
 from clsa.errors import CheckpointError, ClsaError, ConfigError, RequestError
 from clsa.hub import resolve
 from clsa.inspect_model import evaluate_logits, evaluate_selection
-from clsa.model_hash import ModelHash
 from clsa.ops import Ops
 from clsa.outputs import Delta, Piece, PieceClock, RequestOutput, collect
 from clsa.plan import make_plan
+from clsa.prefix_files import PrefixFiles
 from clsa.prompts import Messages, Prompt, Turn, as_batch, check_ids, check_params, encode, params_for, streamed
 from clsa.request import Request
 from clsa.shared_engine import Progress, SharedEngine
@@ -97,7 +96,7 @@ class LLM:
         self._params = load_weights(ops, checkpoint, dtype, engine.weight_dtype)
         self._engine = Engine(ops, self._params, self._plan, tokenizer, dtype, engine, sizes)
         self._shared = SharedEngine(self._engine)
-        self._hash = ModelHash(checkpoint)
+        self._files = PrefixFiles(self._shared, ops, self._plan, checkpoint, dtype, engine)
         self._window = 2 * sizes.num_slots  # requests of one call inside the engine: those that run, and as many
         self._turn = Turn("", [])
 
@@ -202,16 +201,11 @@ class LLM:
         Returns the number of tokens. Raises CheckpointError if the file is damaged or of another model, backend, dtype
         or salt, RequestError if the prefix cache has no room for it.
         """
-        metadata = self._metadata(salt)
-        prefix = read_cache(Path(path), self._plan, metadata, self._engine.sizes.max_model_len)
-        with self._shared.turn() as engine:
-            engine.write_prefix(prefix, salt)
-        return len(prefix.tokens)
+        return self._files.restore(self._files.read(Path(path), salt), salt)
 
     def cache_key(self, prompt: Prompt, *, salt: str = "") -> str:
         """64 hex digits for what `save_cache` would write: a hash over model, backend, dtype, salt and whole pages."""
-        metadata = self._metadata(salt)
-        return cache_key(encode(prompt, self.tokenizer, self.config.vocab_size), metadata)
+        return self._files.key(encode(prompt, self.tokenizer, self.config.vocab_size), salt)
 
     def save_chat(self, path: str | Path, messages: Messages, *, salt: str = "") -> int:
         """`save_cache` of a conversation that ends with an answer, with its messages. `load_chat` takes it up again."""
@@ -224,20 +218,19 @@ class LLM:
 
         Raises CheckpointError also if the file holds no conversation.
         """
-        path, metadata = Path(path), self._metadata(salt)
-        prefix = read_cache(path, self._plan, metadata, self._engine.sizes.max_model_len)
+        path = Path(path)
+        prefix = self._files.read(path, salt)
         messages, tail = read_chat(path, self.config.vocab_size)
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
             anew = self.tokenizer.encode(text, add_special_tokens=False)
         except RequestError as error:
             raise CheckpointError(f"the conversation in {path} is damaged: {error}") from None
-        with self._shared.turn() as engine:
-            engine.write_prefix(prefix, salt)
+        num_tokens = self._files.restore(prefix, salt)
         tokens = [*prefix.tokens, *tail]
         # Where they make another text, as with a template that has changed since, the text counts.
         self._turn = Turn(text, tokens if self.tokenizer.decode(tokens) == self.tokenizer.decode(anew) else anew)
-        return messages, len(prefix.tokens)
+        return messages, num_tokens
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position, float32 [T, vocab], with the selection applied per position."""
@@ -262,25 +255,14 @@ class LLM:
 
     def close(self) -> None:
         """Let go of weights and state; the object must not be used again."""
-        del self._shared, self._engine, self._params, self._hash
-
-    def _metadata(self, salt: str) -> dict[str, str]:
-        return cache_metadata(self._hash, self._ops, self.dtype, self.memory_dtypes, self.weight_dtype, salt)
+        del self._shared, self._engine, self._params, self._files
 
     def _save(self, path: str | Path, tokens: list[int], salt: str, extra: dict[str, str]) -> int:
-        metadata = self._metadata(salt)
+        metadata = self._files.metadata(salt)  # it refuses what cannot be saved before anything is computed
         output = self.generate(tokens, SamplingParams(max_tokens=1), salt=salt)[0]
         if output.error is not None:
             raise ClsaError(output.error)
-        with self._shared.turn() as engine:
-            prefix = engine.read_prefix(tokens, salt)
-        if not prefix.tokens or len(prefix.tokens) < len(tokens) // PAGE_SIZE * PAGE_SIZE:
-            raise RequestError(
-                f"the prefix cache holds {len(prefix.tokens)} tokens of this prompt of {len(tokens)}, and whole pages "
-                f"of {PAGE_SIZE} are saved; give a longer prompt, or enlarge prefix_cache_bytes or max_tokens_in_memory"
-            )
-        write_cache(Path(path), prefix, metadata | extra)
-        return len(prefix.tokens)
+        return self._files.write(Path(path), tokens, salt, metadata | extra)
 
     def _request(
         self, prompt: Prompt, params: SamplingParams, priority: int, salt: str, timeout: float | None

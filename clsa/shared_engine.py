@@ -35,6 +35,7 @@ class SharedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.max_model_len = engine.sizes.max_model_len
         self._mail: dict[str, deque[Delta]] = {}
         self._closed: deque[Sequence[Request]] = deque()  # to be cancelled at the end of a turn
         self._lock, self._mine = FairLock(), _Mine()
