@@ -101,3 +101,24 @@ def test_threefry_known_answers_in_torch() -> None:
         words = [torch.tensor([x]) for x in (*key, *counter)]
         got = threefry2x32((words[0], words[1]), (words[2], words[3]))
         assert tuple(int(x) for x in got) == want
+
+
+@pytest.mark.cuda
+def test_a_second_gpu_and_a_thread_of_its_own() -> None:
+    """Kernels run where the arrays are, whatever GPU the thread has had before."""
+    import threading
+
+    import torch
+
+    import clsa
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    params, texts = clsa.SamplingParams(max_tokens=40), []
+    models = [clsa.load("demo", backend="cuda", device=f"cuda:{i}", dtype="float32") for i in (0, 1)]
+    for llm in models:
+        thread = threading.Thread(target=lambda llm=llm: texts.append(llm.generate(["def f("], params)[0].text))
+        thread.start()
+        thread.join()
+    texts += [llm.generate(["def f("], params)[0].text for llm in models]
+    assert len(set(texts)) == 1 and texts[0]

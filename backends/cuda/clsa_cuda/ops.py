@@ -54,7 +54,14 @@ class TorchOps:
         else:
             self.device = f"cpu (torch {torch.__version__}, {torch.get_num_threads()} threads)"
 
+    def _enter(self) -> None:
+        """Make this GPU the thread's current one, on which kernels are launched: whatever is computed, by any thread,
+        begins with moving its arrays. A program with torch of its own on another GPU should name devices."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> Tensor:
+        self._enter()
         tensor = _host_tensor(x)
         if dtype is not None:
             tensor = tensor.to(plain.DTYPES[dtype])
@@ -70,6 +77,7 @@ class TorchOps:
     def asarrays(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
         if self._device.type == "cpu":
             return [self.asarray(x) for x in arrays]
+        self._enter()
         layout = Layout(arrays)
         return layout.views(layout.pack(arrays).to(self._device, non_blocking=True))
 

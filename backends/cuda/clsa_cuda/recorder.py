@@ -48,6 +48,7 @@ class Recorder:
         self._turn = 0
 
     def __call__(self, inputs: StepInputs, previous: Tensor | None, state: State) -> tuple[Sampled | None, State]:
+        torch.cuda.set_device(self._device)
         arrays: list[np.ndarray] = []
         places: dict[int, int] = {}
 
