@@ -44,7 +44,7 @@ def prefill_tiles(head_dim: int, itemsize: int, device: Limits, window: bool) ->
     if itemsize == 4:  # products in registers, not by tensor cores: small operands
         return PrefillTiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
     block_m = max(16, min(128, (1 << 14) // padded))
-    block_n, stages = (32, 3) if window else (128, 2)
+    block_n, stages = (32, 3) if window else (128, 2) if padded <= 128 else (64, 2)
     while stages > 1 and (block_m + 2 * stages * block_n) * padded * itemsize > device.shared_memory:
         stages -= 1
     while block_n > 16 and (block_m + 2 * stages * block_n) * padded * itemsize > device.shared_memory:
