@@ -79,12 +79,13 @@ def variants(rows: int, start: Choice) -> list[tuple[str, Choice]]:
 def smaller(rows: int, start: Choice) -> list[Choice]:
     """All products in less shared memory at once: a kernel can start early only where the one in front leaves room."""
     found = []
-    for room in (64 << 10, 84 << 10, 104 << 10, 132 << 10):
+    for room, shrink in itertools.product((64 << 10, 84 << 10, 104 << 10, 132 << 10), (1, 2)):
         choice = dict(start)
         for name, (_, _, swiglu) in SHAPES.items():
             t = start[name]
-            stage = (t.block_n * (2 if swiglu else 1) + max(16, rows)) * t.block_k * 2
-            choice[name] = replace(t, num_stages=max(2, min(t.num_stages, room // stage)))
+            block_k = t.block_k // shrink
+            stage = (t.block_n * (2 if swiglu else 1) + max(16, rows)) * block_k * 2
+            choice[name] = replace(t, block_k=block_k, num_stages=max(2, min(8, room // stage)))
         found.append(choice)
     return found
 

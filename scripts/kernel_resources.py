@@ -31,6 +31,7 @@ from clsa_cuda.kernels import (
     attend,
     causal_prefill,
     gather_attention,
+    linear,
     score_many,
     select,
     sliding_prefill,
@@ -38,6 +39,7 @@ from clsa_cuda.kernels import (
 )
 from clsa_cuda.kernels import pick as picking
 from clsa_cuda.kernels.prefill import prefill_tiles
+from clsa_cuda.kernels.product import product_tiles
 from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -65,6 +67,12 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
             out[f"prefill {kind} {dtype}"] = prefill(kind, dtype, 128)
     for head_dim in (64, 80, 256):
         out[f"prefill causal bfloat16 D={head_dim}"] = prefill("causal", "bfloat16", head_dim)
+    for rows in (1, 32):
+        for weights in ("bfloat16", "float8"):
+            out[f"qkv {weights} {rows}"] = linear_of(rows, 3584, 2560, True, False, weights)
+            out[f"gate and up {weights} {rows}"] = linear_of(rows, 7680, 2560, True, True, weights)
+            out[f"down {weights} {rows}"] = linear_of(rows, 2560, 7680, False, False, weights)
+        out[f"head {rows}"] = linear_of(rows, 151936, 2560, True, False)
     pointers = dict.fromkeys(("k", "v", "k_out", "v_out"), "*bf16") | dict.fromkeys(("rows", "lengths"), "*i32")
     integers = dict.fromkeys(("k_stride", "v_stride", "K"), "i32")
     constants = {"E": 512, "BLOCK_E": 512, "BLOCK": 16}
@@ -176,6 +184,33 @@ def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], 
         kernel, constants["PAGE"] = causal_prefill._causal_kernel, PAGE_SIZE
     types = {name: t for name, t in (types | {"scale": "fp32"}).items() if name in kernel.arg_names}
     return kernel, types, constants, {"num_warps": tiles.num_warps}
+
+
+def linear_of(
+    rows: int, out_size: int, in_size: int, norm: bool, swiglu: bool, weights: str = "bfloat16"
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """A product of a 4B layer: with a norm before it, or a residual behind it."""
+    tiles = product_tiles(rows, out_size, in_size, swiglu, norm, H200)
+    types = dict.fromkeys(("x", "norm", "residual", "out"), "*bf16") | {
+        "w": "*fp8e4nv" if weights == "float8" else "*bf16"
+    }
+    types |= {"scales": "*fp32", "partial": "*fp32", "arrived": "*i32", "eps": "fp32"}
+    types |= dict.fromkeys(("M", "N", "x_stride", "residual_stride"), "i32")
+    constants = {
+        "K": in_size,
+        "BLOCK_M": max(16, next_power_of_2(rows)),
+        "ROWS": tiles.rows,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "SPLITS": tiles.splits,
+        "STAGES": tiles.num_stages,
+        "SCALED": weights == "float8",
+        "NORM": norm,
+        "SWIGLU": swiglu,
+        "ADD": not norm,
+        "OVERLAP": True,
+    }
+    return linear._linear_kernel, types, constants, {"num_warps": tiles.num_warps}
 
 
 def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
