@@ -19,13 +19,16 @@ SCORE_ERROR = 4e-6  # by which share of |q| |k| a score may differ from the exac
 Gate = Callable[[Any], str | None]  # what an op returned -> what is wrong with it
 
 
-def difference(got: np.ndarray, want: np.ndarray, dtype: str, roundings: int = 1) -> str | None:
-    """None, or how far `got` is from `want` if that is more than rounding so many times over."""
+def difference(got: np.ndarray, want: np.ndarray, dtype: str, roundings: int = 1, angle: float = 0.0) -> str | None:
+    """None, or how far `got` is from `want` if that is more than rounding so many times over.
+
+    `angle` is the largest that was rounded to float32 before its sine was taken: that turns what it turns.
+    """
     if got.shape != want.shape:
         return f"shape {got.shape}, wanted {want.shape}"
     scale = float(np.linalg.norm(want))
     error = float(np.linalg.norm(np.asarray(got, np.float64) - want)) / (scale if scale > 0 else 1.0)
-    limit = roundings * LIMITS[dtype]
+    limit = roundings * LIMITS[dtype] + angle * 2.0**-25
     return None if error <= limit else f"relative error {error:.2g}, at most {limit:g} is rounding"
 
 
@@ -128,10 +131,10 @@ def window_gate(
             one = Queries(positions[b : b + 1], zero, zero[None], zero, (0, 1), context)
             here, local = slice(b, b + 1), own[b : b + 1] % window.size
             want, after = spec.attend_window(asked[here], keys[here], values[here], exact, alone, one, local)
-            if wrong := difference(got[here], want, dtype):
+            if wrong := difference(got[here], want, dtype, angle=int(positions[b])):
                 return f"query {b}: {wrong}"
             for name, row, ring_after in zip("kv", written, (after.k, after.v), strict=True):
-                if wrong := difference(row, ring_after[local[0]], dtype):
+                if wrong := difference(row, ring_after[local[0]], dtype, angle=int(positions[b])):
                     return f"query {b}: {name} in the ring: {wrong}"
         return None
 

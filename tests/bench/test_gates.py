@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clsa import spec
 from clsa.bench import runs, timing
 from clsa.bench.bench import Bench, Settings
+from clsa.bench.op_cases import OpInputs
 from clsa.bench.paper import bench_paper
 from clsa.bench.serve import Load, bench_serve
 from clsa.bench.sizes import PLANS, plan_config
@@ -138,3 +139,14 @@ def test_ops_are_checked_at_the_place_of_a_figure(monkeypatch: pytest.MonkeyPatc
     ):
         right, wrong = report.rows
         assert right["tokens_per_second"] and "dense_attention" in wrong["wrong"] and report.wrong == 1
+
+
+@pytest.mark.mlx
+def test_far_positions_may_turn_as_far_as_float32_rounds_their_angles() -> None:
+    """And no further: a right result at 32K passes in float32, and one that is turned by a hundredth does not."""
+    bench = Bench(Settings(backend="mlx", device="cpu", sizes="tiny", contexts=(32768,), batches=(1,)), lambda _: None)
+    inputs = OpInputs(bench.ops, bench.config("clsa", 40000), "float32", 32768, 1, max_sets=1)
+    (case,) = inputs.cases(("attend_window",))
+    attended, window = case.run(0)
+    assert case.gate((attended, window)) is None
+    assert "relative error" in str(case.gate((attended * 1.01, window)))
