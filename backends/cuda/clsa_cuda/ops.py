@@ -12,9 +12,10 @@ from torch import Tensor
 
 from clsa.config import FP8, MODEL_DTYPE, MemoryDtypes
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, HeadNorms, Memory, QuantizedWeight, Queries, Weight, Window
+from clsa.ops import Compute, Memory, QuantizedWeight, Window
 from clsa_cuda import plain, state
 from clsa_cuda.attention import MAX_TEMPORARY_BYTES
+from clsa_cuda.blocks import Blocks
 from clsa_cuda.dense_attention import dense_attention
 from clsa_cuda.gather_attention import gather_attention
 from clsa_cuda.recorder import Recorder
@@ -38,7 +39,7 @@ def _exact_matmul() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-class TorchOps:
+class TorchOps(Blocks):
     """An `Ops` bound to a device ("cpu" or "cuda:N"). Arrays are `torch.Tensor`."""
 
     name = "cuda"
@@ -146,41 +147,6 @@ class TorchOps:
     dense_attention = staticmethod(dense_attention)
     sliding_attention = staticmethod(sliding_attention)
     sample = staticmethod(sample)
-
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
-        return self.linears(self.rms_norm(x, norm, eps), weights)
-
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
-        return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
-
-    def close_layer(
-        self,
-        x: Tensor,
-        o: Tensor,
-        o_proj: Weight,
-        norm: Tensor,
-        eps: float,
-        gate: Weight,
-        up: Weight,
-        down: Weight,
-    ) -> Tensor:
-        x = self.add_linear(x, o, o_proj)
-        return self.add_linear(x, self.norm_swiglu(x, norm, eps, gate, up), down)
-
-    def attend_window(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        norms: HeadNorms,
-        window: Window,
-        queries: Queries,
-        ring_mapping: Tensor,
-    ) -> tuple[Tensor, Window]:
-        q = self.norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
-        k = self.norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
-        o = self.sliding_attention(q, k, v, window, queries)
-        return o, self.write_window(window, k, v, ring_mapping)
 
 
 def _no_fp8(device: torch.device) -> dict[str, str]:

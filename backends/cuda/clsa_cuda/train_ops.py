@@ -19,17 +19,16 @@ from clsa.config import MODEL_DTYPE, MemoryDtypes
 from clsa.errors import BackendError
 from clsa.ops import (
     Compute,
-    HeadNorms,
     Memory,
     QuantizedWeight,
     Queries,
     Sampled,
     SamplingBatch,
     Selection,
-    Weight,
     Window,
 )
 from clsa_cuda import plain
+from clsa_cuda.blocks import Blocks
 from clsa_cuda.distill import Teacher, index_kd_loss, query_blocks, wide
 
 
@@ -104,7 +103,7 @@ class Routing:
         return top_k_mask(scores, *self._size)
 
 
-class TrainOps:
+class TrainOps(Blocks):
     """`clsa.ops.Ops` for one forward pass over B sequences of T tokens; the passes to come need new ones.
 
     `sparse` False attends densely where the model would gather (stage 1, and the dense side of an evaluation); the
@@ -186,12 +185,6 @@ class TrainOps:
         first, second = wide(x).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.linears(self.rms_norm(x, norm, eps), weights)
-
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
-        return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))
-
     def norm_rope(self, x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
         return self.rope(self.rms_norm(x, weight, eps), positions, theta)
 
@@ -250,34 +243,6 @@ class TrainOps:
         out = _sdpa(q, k, v, self._band(blocks, size))
         out = out.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)  # [B, blocks * W, H, D]
         return out[:, :length].flatten(0, 1)
-
-    def close_layer(
-        self,
-        x: Tensor,
-        o: Tensor,
-        o_proj: Weight,
-        norm: Tensor,
-        eps: float,
-        gate: Weight,
-        up: Weight,
-        down: Weight,
-    ) -> Tensor:
-        x = self.add_linear(x, o, o_proj)
-        return self.add_linear(x, self.norm_swiglu(x, norm, eps, gate, up), down)
-
-    def attend_window(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        norms: HeadNorms,
-        window: Window,
-        queries: Queries,
-        ring_mapping: Tensor,
-    ) -> tuple[Tensor, Window]:
-        q = self.norm_rope(q, norms.q, norms.eps, queries.positions, norms.theta)
-        k = self.norm_rope(k, norms.k, norms.eps, queries.positions, norms.theta)
-        return self.sliding_attention(q, k, v, window, queries), window
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> Sampled:
         _not_in_training("sample")
