@@ -11,21 +11,20 @@ from torch import Tensor
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
-from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
-from clsa_cuda.kernels.product import product as multiply
+from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles, store, sums
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x,
-    w,
-    scales,
-    norm,
-    residual,
-    out,
-    partial,
-    arrived,
+    x,  # [M, K], rows x_stride apart
+    w,  # [N, K], with SWIGLU [2 N, K]: all rows of gate, then all rows of up
+    scales,  # [N] or [2 N] float32, SCALED only: of 8-bit rows
+    norm,  # [K], NORM only
+    residual,  # [M, N], rows residual_stride apart, ADD only
+    out,  # [M, N]
+    partial,  # float32 scratch: see ProductTiles.scratch
+    arrived,  # [N / ROWS] int32, zeros before and after
     M,
     N,
     x_stride,
@@ -44,36 +43,85 @@ def _linear_kernel(
     ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program u: piece u of the product; for the arguments see `product`."""
-    unit = tl.program_id(0)
-    multiply(
-        unit,
-        x,
-        w,
-        scales,
+    """Program tile * SPLITS + split: ROWS outputs of all rows of x, over a part of K."""
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    i = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    n = tile * ROWS + i
+    live = (i < ROWS) & (n < N)
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    first = split * PER_SPLIT
+    stop = tl.minimum(first + PER_SPLIT, BLOCKS)
+    w_rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
+    up_rows = w_rows + tl.cast(N, tl.int64) * K
+    x_rows = x + m.to(tl.int64)[None, :] * x_stride
+    acc, up, square = sums(
+        x_rows,
+        m < M,
         norm,
-        residual,
-        out,
-        partial,
-        arrived,
-        M,
-        N,
-        x_stride,
-        residual_stride,
-        eps,
+        w_rows,
+        up_rows,
+        live,
+        first,
+        stop,
         K,
         BLOCK_M,
-        ROWS,
         BLOCK_N,
         BLOCK_K,
-        SPLITS,
         STAGES,
-        SCALED,
         NORM,
         SWIGLU,
-        ADD,
         OVERLAP,
     )
+    if SPLITS == 1:
+        store(
+            acc, up, square, scales, residual, out, n, live, m, M, N, residual_stride, eps, K, SCALED, NORM, SWIGLU, ADD
+        )
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        SUMS: tl.constexpr = 2 * SIZE if SWIGLU else SIZE
+        WIDTH: tl.constexpr = SUMS + BLOCK_M  # of a part: sums, and the squares behind them
+        inside = i[:, None] * BLOCK_M + m[None, :]
+        mine = partial + tile.to(tl.int64) * (SPLITS * WIDTH)
+        tl.store(mine + split * WIDTH + inside, acc)
+        if SWIGLU:
+            tl.store(mine + split * WIDTH + SIZE + inside, up)
+        if NORM:
+            tl.store(mine + split * WIDTH + SUMS + m, square)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            square = tl.zeros([BLOCK_M], tl.float32)
+            for s in tl.static_range(SPLITS):  # .cg: from L2, where the other programs' stores are
+                acc += tl.load(mine + s * WIDTH + inside, cache_modifier=".cg")
+                if SWIGLU:
+                    up += tl.load(mine + s * WIDTH + SIZE + inside, cache_modifier=".cg")
+                if NORM:
+                    square += tl.load(mine + s * WIDTH + SUMS + m, cache_modifier=".cg")
+            store(
+                acc,
+                up,
+                square,
+                scales,
+                residual,
+                out,
+                n,
+                live,
+                m,
+                M,
+                N,
+                residual_stride,
+                eps,
+                K,
+                SCALED,
+                NORM,
+                SWIGLU,
+                ADD,
+            )
+            tl.store(arrived + tile, 0)
 
 
 def takes(x: Tensor, weight: Weight) -> bool:

@@ -80,7 +80,7 @@ def _add(acc, up_acc, square, x_tile, w_tile, up_tile, norm_tile, NORM: tl.const
 
 
 @triton.jit
-def _sums(
+def sums(
     x_rows,
     m_live,
     norm,
@@ -131,7 +131,7 @@ def _sums(
 
 
 @triton.jit
-def _store(
+def store(
     acc,
     up,
     square,
@@ -167,113 +167,3 @@ def _store(
     if ADD:
         acc += tl.load(residual + rows * residual_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
     tl.store(out + rows * N + n[:, None], acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def product(
-    unit,  # which piece: tile * SPLITS + split
-    x,  # [M, K], rows x_stride apart
-    w,  # [N, K], with SWIGLU [2 N, K]: all rows of gate, then all rows of up
-    scales,  # [N] or [2 N] float32, SCALED only: of 8-bit rows
-    norm,  # [K], NORM only
-    residual,  # [M, N], rows residual_stride apart, ADD only
-    out,  # [M, N]
-    partial,  # float32 scratch: see ProductTiles.scratch
-    arrived,  # [N / ROWS] int32, zeros before and after
-    M,
-    N,
-    x_stride,
-    residual_stride,
-    eps,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SCALED: tl.constexpr,
-    NORM: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    ADD: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """ROWS outputs of all rows of x, over a part of K; waits for the kernel in front."""
-    tile = unit // SPLITS
-    split = unit % SPLITS
-    i = tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    n = tile * ROWS + i
-    live = (i < ROWS) & (n < N)
-    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    first = split * PER_SPLIT
-    stop = tl.minimum(first + PER_SPLIT, BLOCKS)
-    w_rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
-    up_rows = w_rows + tl.cast(N, tl.int64) * K
-    x_rows = x + m.to(tl.int64)[None, :] * x_stride
-    acc, up, square = _sums(
-        x_rows,
-        m < M,
-        norm,
-        w_rows,
-        up_rows,
-        live,
-        first,
-        stop,
-        K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
-        NORM,
-        SWIGLU,
-        OVERLAP,
-    )
-    if SPLITS == 1:
-        _store(
-            acc, up, square, scales, residual, out, n, live, m, M, N, residual_stride, eps, K, SCALED, NORM, SWIGLU, ADD
-        )
-    else:
-        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
-        SUMS: tl.constexpr = 2 * SIZE if SWIGLU else SIZE
-        WIDTH: tl.constexpr = SUMS + BLOCK_M  # of a part: sums, and the squares behind them
-        inside = i[:, None] * BLOCK_M + m[None, :]
-        mine = partial + tile.to(tl.int64) * (SPLITS * WIDTH)
-        tl.store(mine + split * WIDTH + inside, acc)
-        if SWIGLU:
-            tl.store(mine + split * WIDTH + SIZE + inside, up)
-        if NORM:
-            tl.store(mine + split * WIDTH + SUMS + m, square)
-        tl.debug_barrier()  # all of this program's stores come before its arrival
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            square = tl.zeros([BLOCK_M], tl.float32)
-            for s in tl.static_range(SPLITS):  # .cg: from L2, where the other programs' stores are
-                acc += tl.load(mine + s * WIDTH + inside, cache_modifier=".cg")
-                if SWIGLU:
-                    up += tl.load(mine + s * WIDTH + SIZE + inside, cache_modifier=".cg")
-                if NORM:
-                    square += tl.load(mine + s * WIDTH + SUMS + m, cache_modifier=".cg")
-            _store(
-                acc,
-                up,
-                square,
-                scales,
-                residual,
-                out,
-                n,
-                live,
-                m,
-                M,
-                N,
-                residual_stride,
-                eps,
-                K,
-                SCALED,
-                NORM,
-                SWIGLU,
-                ADD,
-            )
-            tl.store(arrived + tile, 0)
