@@ -29,11 +29,12 @@ their checks passed (`scripts/gpu_check.py`). Floors are the bytes that must mov
 CONCLUSION = """
 What is missed, and why: a step of a small batch is a chain of {launches} launches that need each other's results. A layer of the self-decoder
 takes {layer:.0f} us where its {layer_mb:.0f} MB would take {layer_floor:.0f}: each of its five kernels starts with an idle memory until the kernel in front has
-stored its last result, about 3 us a kernel. Programs that stay and meet between the products were slower than launches (docs/log.md). What would help is
+stored its last result. Programs that stay and meet between the products were slower than launches (docs/log.md). What would help is
 a kernel that streams the weights of the next product into shared memory while the last one finishes, which Triton cannot say; its
 lower-level language (Gluon) can. Selection at batch 1 is bound by `pick`, one program per row ({pick:.4f} ms).
 
-Products with fp8 weights are slower than those with 16 bits: each tile holds half the bytes, and what a tile costs besides its bytes stays.
+Steps with fp8 weights are slower than those with 16 bits. Why has not been measured; the compiled products copy 8 bytes at a time instead
+of 16 and spill registers (`scripts/kernel_resources.py`, docs/log.md).
 """
 
 
