@@ -85,7 +85,7 @@ class TorchOps(Blocks):
     def fetch(self, arrays: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
         if self._device.type == "cpu":
             return lambda: [self.to_numpy(x) for x in arrays]
-        return start_fetch(arrays)
+        return start_fetch(arrays, self._device)
 
     def record(self, compute: Compute) -> Compute | None:
         return None if self._device.type == "cpu" else Recorder(compute, self._device)

@@ -1,8 +1,12 @@
-"""Decode steps as CUDA graphs: from tokens to samples in one launch, with nothing for the host to do in between."""
+"""Decode steps as CUDA graphs: from tokens to samples in one launch, with nothing for the host to do in between.
+
+Between two graphs the device should find nothing else to do. So each shape of step has two recordings, which take
+turns and have buffers of their own: while one runs, the inputs of the other are copied, and what that sampled is read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,87 +14,127 @@ import torch
 from torch import Tensor
 
 from clsa.ops import Compute, Sampled, State, StepInputs, map_arrays
-from clsa_cuda.transfer import Layout
+from clsa_cuda.transfer import Layout, fill, streams
 
-_STAGING = 3  # host buffers in turn: one is filled while the copies of the two steps before may still be read
 _MAX_ROWS = 4096  # sequences of a step, as EngineConfig bounds them
+_one_capture = threading.Lock()  # torch allows no second one in a process
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Where an array of the inputs stands; the inputs with slots for arrays are what a graph depends on."""
+class _Recording:
+    """A shape of step with addresses of its own. `graph` is None until the step was recorded here."""
 
-    index: int
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass
-class _Graph:
-    """One shape of step. `graph` is None until it has run once: kernels are compiled and tuned by then."""
-
-    layout: Layout
-    buffer: Tensor  # the inputs, always at this address
-    inputs: StepInputs
-    graph: torch.cuda.CUDAGraph | None = None
-    sampled: Sampled | None = None
+    def __init__(self, inputs: StepInputs, arrays: list[np.ndarray], device: torch.device) -> None:
+        layout = Layout(arrays)
+        self.staging = layout.new_host()
+        self.host = layout.host_views(self.staging)  # the inputs in page-locked memory
+        self.buffer = torch.zeros(len(self.staging), dtype=torch.uint8, device=device)  # and all of them on the device
+        views = dict(zip(map(id, arrays), layout.views(self.buffer), strict=True))
+        self.inputs = map_arrays(inputs, lambda x: views[id(x)])
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.sampled: Sampled | None = None  # written by each replay
+        self.copied = torch.cuda.Event()  # the newest inputs are in `buffer`
+        self.done = torch.cuda.Event()  # the newest step here no longer reads `buffer`
+        self.fetched = torch.cuda.Event()  # what `sampled` held was read by those who asked for it
+        self.done.record()  # `buffer` may be memory that queued kernels still use
+        self.buffer.record_stream(streams(device).inward)  # and is nobody else's while a copy is under way
 
 
 class Recorder:
-    """Runs a decode step directly the first time its shape is seen, records it the second, then replays it."""
+    """Runs a decode step directly the first time its shape is seen, then records it twice, then replays it.
+
+    Kernels are compiled and tuned by the time a step is recorded. Steps come from one thread at a time.
+    """
 
     def __init__(self, compute: Compute, device: torch.device) -> None:
         self._compute, self._device = compute, device
-        self._graphs: dict[Any, _Graph] = {}
-        self._previous = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
-        self._pool: Any = None
-        self._staging: dict[int, list[Tensor]] = {}
+        self._graphs: dict[tuple[Any, int], _Recording] = {}  # by shape and turn
+        self._compiled: set[Any] = set()  # shapes that have run
         self._turn = 0
+        self._pool: Any = None
+        self._previous = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
+        self._in_previous: Tensor | None = None  # the tokens, last written by a replay, that `_previous` repeats
+        self._replayed: _Recording | None = None  # by the last call
 
     def __call__(self, inputs: StepInputs, previous: Tensor | None, state: State) -> tuple[Sampled | None, State]:
         torch.cuda.set_device(self._device)
-        arrays: list[np.ndarray] = []
-        places: dict[int, int] = {}
-
-        def slot(x: np.ndarray) -> _Slot:
-            if id(x) not in places:
-                places[id(x)] = len(arrays)
-                arrays.append(x)
-            return _Slot(places[id(x)], x.shape, x.dtype.name)
-
-        key = map_arrays(inputs, slot)
-        if previous is not None:
+        in_previous, self._in_previous = self._in_previous, None  # unknown, should anything fail from here on
+        if self._replayed is not None:
+            self._replayed.fetched.record(streams(self._device).outward)  # behind all that was asked for until now
+            self._replayed = None
+        shape, arrays = _flattened(inputs)
+        self._turn = 1 - self._turn
+        recording = self._graphs.get((shape, self._turn))
+        if recording is None:
+            recording = self._graphs[shape, self._turn] = _Recording(inputs, arrays, self._device)
+        if previous is not None and previous is not in_previous:
             self._previous[: len(previous)].copy_(previous)
-        is_new = key not in self._graphs
-        if is_new:
-            self._graphs[key] = self._prepare(inputs, arrays, places)
-        graph = self._graphs[key]
-        graph.buffer.copy_(self._pack(graph.layout, arrays), non_blocking=True)
-        if is_new:
-            return self._compute(graph.inputs, self._previous, state)
-        if graph.graph is None:
-            self._record(graph, state)
-        assert graph.graph is not None
-        graph.graph.replay()
-        return graph.sampled, state
+        self._send(recording, arrays)
+        try:
+            if recording.graph is None:
+                if shape not in self._compiled:
+                    sampled, state = self._compute(recording.inputs, self._previous, state)
+                    self._compiled.add(shape)
+                    return sampled, state
+                self._record(recording, state)
+            self._replay(recording)
+        finally:
+            recording.done.record()
+        return recording.sampled, state
 
-    def _prepare(self, inputs: StepInputs, arrays: list[np.ndarray], places: dict[int, int]) -> _Graph:
-        layout = Layout(arrays)
-        buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self._device)
-        views = layout.views(buffer)
-        return _Graph(layout, buffer, map_arrays(inputs, lambda x: views[places[id(x)]]))
+    def _send(self, recording: _Recording, arrays: list[np.ndarray]) -> None:
+        """Copy the inputs while the step before still runs. The host waits only if it is two steps ahead."""
+        recording.copied.synchronize()  # before `staging` is written again
+        fill(recording.host, arrays)
+        inward = streams(self._device).inward
+        inward.wait_event(recording.done)
+        with torch.cuda.stream(inward):
+            recording.buffer.copy_(recording.staging, non_blocking=True)
+            recording.copied.record(inward)
+        torch.cuda.current_stream().wait_event(recording.copied)
 
-    def _record(self, graph: _Graph, state: State) -> None:
+    def _record(self, recording: _Recording, state: State) -> None:
         """Recording computes nothing; the state is written in place, so its addresses are good for every replay."""
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, pool=self._pool):
-            graph.sampled, _ = self._compute(graph.inputs, self._previous, state)
-        self._pool = self._pool or recorded.pool()
-        graph.graph = recorded
+        graph, capture = torch.cuda.CUDAGraph(), streams(self._device).capture
+        # The inner context leaves its stream behind where a capture fails; the outer one puts the current one back.
+        # Other threads may allocate and wait meanwhile, only this one may not.
+        with (
+            _one_capture,
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, self._pool, capture, capture_error_mode="thread_local"),
+        ):
+            sampled, _ = self._compute(recording.inputs, self._previous, state)
+            if sampled is not None:
+                # A kernel: a copy would become two nodes. Whatever reads `_previous` in this step comes before it.
+                torch.add(sampled.tokens, 0, out=self._previous[: len(sampled.tokens)])
+        self._pool = self._pool or graph.pool()
+        recording.graph, recording.sampled = graph, sampled
 
-    def _pack(self, layout: Layout, arrays: list[np.ndarray]) -> Tensor:
-        size = layout.num_bytes
-        if size not in self._staging:
-            self._staging[size] = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_STAGING)]
-        self._turn = (self._turn + 1) % _STAGING
-        return layout.pack(arrays, self._staging[size][self._turn])
+    def _replay(self, recording: _Recording) -> None:
+        assert recording.graph is not None
+        torch.cuda.current_stream().wait_event(recording.fetched)
+        recording.graph.replay()
+        self._replayed = recording
+        self._in_previous = None if recording.sampled is None else recording.sampled.tokens
+
+
+def _flattened(inputs: StepInputs) -> tuple[Any, list[np.ndarray]]:
+    """All that a graph of these inputs depends on, as a key; and their arrays, each of them once."""
+    parts: list[Any] = []
+    places: dict[int, int] = {}
+    arrays: list[np.ndarray] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            place = places.setdefault(id(value), len(arrays))
+            if place == len(arrays):
+                arrays.append(value)
+            parts.append((place, value.shape, value.dtype))
+        elif (names := getattr(type(value), "__dataclass_fields__", None)) is not None:
+            parts.append(type(value))
+            for name in names:
+                walk(getattr(value, name))
+        else:
+            parts.append(value)
+
+    walk(inputs)
+    return tuple(parts), arrays

@@ -1,0 +1,155 @@
+"""A GPU's streams, events and graphs without a GPU: what was queued runs late, in any order that events allow.
+
+Data moves when an operation runs, not when it is queued, so an order that nobody asked for shows as wrong numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+Work = Callable[[], object]
+
+
+class Mark:
+    """A place in a stream."""
+
+    is_past = False
+
+
+class Stream:
+    def __init__(self, *_: Any) -> None:
+        self.queue: deque[Work | Mark] = deque()  # a mark of its own is passed, one of another stream is waited for
+        self.own: set[Mark] = set()
+        self.works: list[Work] = []  # all that was ever queued, marks left out
+
+    def wait_event(self, event: Event) -> None:
+        if event.mark is not None:
+            self.queue.append(event.mark)
+
+
+class Event:
+    gpu: FakeCuda
+
+    def __init__(self) -> None:
+        self.mark: Mark | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or self.gpu.current
+        self.mark = Mark()
+        stream.own.add(self.mark)
+        stream.queue.append(self.mark)
+
+    def synchronize(self) -> None:
+        while self.mark is not None and not self.mark.is_past:
+            self.gpu.advance()
+
+
+class Graph:
+    gpu: FakeCuda
+
+    def __init__(self) -> None:
+        self.works: list[Work] = []
+
+    def replay(self) -> None:
+        for work in self.works:
+            self.gpu.queue(work)
+
+    def pool(self) -> str:
+        return "pool"
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda`, `Tensor.copy_`, `torch.add(out=)` and pinned memory. Memory is never given away."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.main = self.current = Stream()
+        self._streams, self._weights = [self.main], [self._weight()]
+        self._capturing: Graph | None = None
+        self.captures = 0
+        self.is_late = False  # nothing runs before somebody waits for it
+        copy, add = Tensor.copy_, torch.add
+        from clsa_cuda import transfer
+
+        patch.setattr(transfer, "_streams", {})
+        patch.setattr(transfer, "pinned", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+
+        def copied(to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+            self.queue(lambda: copy(to, x))
+            return to
+
+        patch.setattr(Tensor, "copy_", copied)
+        patch.setattr(Tensor, "record_stream", lambda x, stream: None)
+        patch.setattr(torch, "add", lambda x, y, out: self.queue(lambda: add(x, y, out=out)))
+        for name, value in {
+            "Stream": self._new_stream,
+            "Event": type("Event", (Event,), {"gpu": self}),
+            "CUDAGraph": type("Graph", (Graph,), {"gpu": self}),
+            "set_device": lambda device: None,
+            "current_stream": lambda device=None: self.current,
+            "stream": self._stream,
+            "graph": self._graph,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+
+    def queue(self, work: Work) -> None:
+        """What a launch does."""
+        if self._capturing is not None:
+            self._capturing.works.append(work)
+            return
+        self.current.queue.append(work)
+        self.current.works.append(work)
+        for _ in range(0 if self.is_late else self._random.choice((0, 0, 1, 8))):
+            self.advance(idle=True)
+
+    def advance(self, idle: bool = False) -> None:
+        """Run one operation of some stream."""
+        able = [stream for stream in self._streams if stream.queue and self._can_run(stream, stream.queue[0])]
+        if not able:
+            assert idle, "everything waits for something"
+            return
+        weights = [self._weights[self._streams.index(stream)] for stream in able]
+        (stream,) = self._random.choices(able, weights)
+        head = stream.queue.popleft()
+        if not isinstance(head, Mark):
+            head()
+        elif head in stream.own:
+            head.is_past = True
+
+    def _weight(self) -> float:
+        return self._random.choice((0.01, 1.0, 100.0))  # some streams are always late, some always early
+
+    def _can_run(self, stream: Stream, head: Work | Mark) -> bool:
+        return not isinstance(head, Mark) or head.is_past or head in stream.own
+
+    def _new_stream(self, *_: Any) -> Stream:
+        self._streams.append(Stream())
+        self._weights.append(self._weight())
+        return self._streams[-1]
+
+    @contextmanager
+    def _stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def _graph(self, graph: Graph, pool: Any, stream: Stream, *, capture_error_mode: str) -> Iterator[None]:
+        """Where recording fails, torch leaves its stream behind."""
+        self.captures += 1
+        self.current, before, self._capturing = stream, self.current, graph
+        try:
+            yield
+        finally:
+            self._capturing = None
+        self.current = before

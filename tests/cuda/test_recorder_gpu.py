@@ -1,0 +1,165 @@
+"""Recorded steps on a GPU; and in the engine, also without one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import clsa
+from clsa.batch import upload
+from clsa.ops import Compute, State
+from clsa_cuda import transfer
+from clsa_cuda.ops import TorchOps
+from clsa_cuda.recorder import Recorder
+from tests.cuda.toy_steps import Run, toy
+
+CPU = torch.device("cpu")
+PARAMS = [
+    clsa.SamplingParams(ignore_eos=True),
+    clsa.SamplingParams(ignore_eos=True, temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=3, logprobs=2),
+]
+
+
+def tokens(device: str, params: clsa.SamplingParams) -> list[list[int]]:
+    """Of requests that end one after the other."""
+    llm = clsa.load("demo", backend="cuda", device=device, dtype="float32")
+    each = [replace(params, max_tokens=count) for count in (5, 24, 11, 30, 17)]
+    prompts = ["def f(", "import os", "x = [", "class A", "if a"]
+    return [out.token_ids for out in llm.generate(prompts, each)]
+
+
+def directly(ops: TorchOps, compute: Compute) -> Compute:
+    """The padded steps that a recorder gets, without one."""
+    return lambda inputs, *rest: compute(upload(ops, inputs), *rest)
+
+
+class _Event:
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _without_a_gpu(patch: pytest.MonkeyPatch) -> list[Recorder]:
+    """The CPU as a GPU with one stream, on which a replay computes again. Returns the recorders that are made."""
+    made: list[Recorder] = []
+
+    def record(ops: TorchOps, compute: Compute) -> Compute:
+        made.append(Recorder(compute, CPU))
+        return made[-1]
+
+    def capture(self: Recorder, recording: Any, state: State) -> None:
+        def run() -> Any:
+            return self._compute(recording.inputs, self._previous, state)[0]
+
+        def replay() -> None:
+            again = run()
+            for field in fields(again):
+                if (x := getattr(again, field.name)) is not None:
+                    getattr(recording.sampled, field.name).copy_(x)
+            self._previous[: len(again.tokens)] = again.tokens
+
+        recording.sampled, recording.graph = run(), SimpleNamespace(replay=replay)
+
+    stream: Any = SimpleNamespace(wait_event=lambda event: None)
+    patch.setattr(torch.cuda, "Event", _Event)
+    patch.setattr(torch.cuda, "set_device", lambda device: None)
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    patch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+    patch.setattr(transfer, "_streams", {CPU: transfer.Streams(stream, stream, stream)})
+    patch.setattr(transfer, "pinned", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+    patch.setattr(Recorder, "_record", capture)
+    patch.setattr(TorchOps, "record", record)
+    patch.setattr(TorchOps, "fetch", lambda ops, arrays: transfer.start_fetch(arrays, CPU))
+    return made
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=["greedy", "sampled"])
+def test_the_engine_gets_the_same_tokens(params: clsa.SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchOps, "record", directly)
+        wanted = tokens("cpu", params)
+    made = _without_a_gpu(monkeypatch)
+    assert tokens("cpu", params) == wanted
+    assert sum(recording.graph is not None for recorder in made for recording in recorder._graphs.values()) >= 6
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("params", PARAMS, ids=["greedy", "sampled"])
+def test_the_engine_gets_the_same_tokens_on_a_gpu(params: clsa.SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = tokens("cuda:0", params)
+    monkeypatch.setattr(TorchOps, "record", directly)
+    assert tokens("cuda:0", params) == recorded
+
+
+def gpu_run(device: str, seed: int) -> Run:
+    def launch(work: Callable[[], object]) -> object:
+        return work()
+
+    where = torch.device(device)
+    torch.cuda.set_device(where)
+    return Run(Recorder(toy(launch, where), where), launch, where, seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("ahead", [0, 1, 6])
+def test_on_a_gpu(ahead: int) -> None:
+    gpu_run("cuda:0", ahead).steps(200, [(3, 2), (4, 2), (2, 2), (3, 7)], ahead, foreign=0.1)
+
+
+@pytest.mark.cuda
+def test_steps_take_no_memory() -> None:
+    run = gpu_run("cuda:0", 3)
+    run.steps(5, [(3, 2)], 1)
+    before = torch.cuda.memory_stats()
+    run.steps(50, [(3, 2)], 1)
+    after = torch.cuda.memory_stats()
+    assert after["allocation.all.allocated"] == before["allocation.all.allocated"]
+
+
+@pytest.mark.cuda
+def test_a_failing_recording_on_a_gpu() -> None:
+    run = gpu_run("cuda:0", 4)
+    compute, before = run.recorder._compute, torch.cuda.current_stream()
+
+    def failing(*args: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda:0")
+        return compute(*args)
+
+    run.recorder._compute = failing
+    run.steps(1, [(3, 2)], 1)
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError):
+            run.steps(1, [(3, 2)], 1)
+    assert torch.cuda.current_stream() == before
+    assert all(recording.graph is None for recording in run.recorder._graphs.values())
+    run.recorder._compute = compute
+    run.steps(20, [(3, 2)], 1)
+
+
+@pytest.mark.cuda
+def test_threads_and_devices() -> None:
+    """Two recorders on each GPU, each in a thread of its own; they record while others replay."""
+    devices = [f"cuda:{i}" for i in range(min(2, torch.cuda.device_count()))]
+    failures: list[Exception] = []
+
+    def work(device: str, seed: int) -> None:
+        try:
+            gpu_run(device, seed).steps(150, [(3, 2), (4, 2), (2, 2), (3, 7)], 1, foreign=0.1)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(device, seed)) for device in devices for seed in (6, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
