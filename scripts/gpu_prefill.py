@@ -38,7 +38,7 @@ from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.pick import pick
 from clsa_cuda.kernels.prefill import PrefillTiles, prefill_tiles
 from clsa_cuda.kernels.score_many import score_many
-from clsa_cuda.kernels.select import _MAX_SCRATCH_BYTES, _part, select
+from clsa_cuda.kernels.select import _part, queries_per_launch, select
 from clsa_cuda.kernels.sliding_prefill import sliding_prefill
 from clsa_cuda.kernels.tiles import limits, select_tiles
 from clsa_cuda.ops import TorchOps
@@ -210,7 +210,7 @@ def select_cases(chunks: Chunks, name: str) -> Iterator[tuple[str, int, Any, Cal
     memory, q_idx, flops = memory_of(queries, 1, 16), normal(8192, I), 2 * I * pairs(chunks)
     assert memory.k_idx is not None
     pages = queries.block_table.shape[1]
-    step = min(8192, _MAX_SCRATCH_BYTES // (4 * pages * PAGE_SIZE))
+    step = min(8192, queries_per_launch(pages))
     tiles, k_idx = select_tiles(step, pages, K, limits(DEVICE)), memory.k_idx
     parts = [(q_idx[a : a + step], _part(queries, a, min(a + step, 8192))) for a in range(0, 8192, step)]
 

@@ -106,7 +106,7 @@ def cases(tune: bool) -> Iterator[Case]:
         yield from gpu_tuning.cases()
 
 
-def select_calls(batch: int, length: int, part: str, tiles: Any) -> Callable[[Data], list[Call]]:
+def select_calls(batch: int, length: int, part: str, tiles: Any, k: int = K) -> Callable[[Data], list[Call]]:
     def build(data: Data) -> list[Call]:
         calls: list[Call] = []
         for first in data.sets(batch) if length == CONTEXT else range(4):
@@ -116,25 +116,26 @@ def select_calls(batch: int, length: int, part: str, tiles: Any) -> Callable[[Da
                 calls.append(partial(select.score_keys, q_idx, data.k_idx, queries, tiles))
             elif part == "pick":
                 scored = select.score_keys(q_idx, data.k_idx, queries, tiles)
-                calls.append(partial(select.pick, *scored, queries, K, tiles))
+                calls.append(partial(select.pick, *scored, queries, k, tiles))
             else:
-                calls.append(partial(select.select, q_idx, data.memory, queries, K, 1, tiles))
+                calls.append(partial(select.select, q_idx, data.memory, queries, k, 1, tiles))
         return calls * (3 if batch == 32 else 1)
 
     return build
 
 
-def default_select_tiles(batch: int, length: int) -> Any:
-    return select_tiles(batch, length // PAGE_SIZE, K, limits(DEVICE))
+def default_select_tiles(batch: int, length: int, k: int = K) -> Any:
+    return select_tiles(batch, length // PAGE_SIZE, k, limits(DEVICE))
 
 
-def select_cases(batch: int, length: int, target: float | None) -> Iterator[Case]:
+def select_cases(batch: int, length: int, target: float | None, k: int = K) -> Iterator[Case]:
     name, size = f"batch {batch:2d} context {length // 1024}K", batch * length * I * 2
-    tiles = default_select_tiles(batch, length)
-    yield Case(f"select        {name}", "select", size, target, select_calls(batch, length, "all", tiles), tiles)
-    yield Case(f"  score       {name}", "select", size, None, select_calls(batch, length, "score", tiles))
-    yield Case(f"  pick        {name}", "select", 0, None, select_calls(batch, length, "pick", tiles))
-    if length == CONTEXT:
+    name += f" k {k}" if k != K else ""
+    tiles = default_select_tiles(batch, length, k)
+    yield Case(f"select        {name}", "select", size, target, select_calls(batch, length, "all", tiles, k), tiles)
+    yield Case(f"  score       {name}", "select", size, None, select_calls(batch, length, "score", tiles, k))
+    yield Case(f"  pick        {name}", "select", 0, None, select_calls(batch, length, "pick", tiles, k))
+    if length == CONTEXT and k == K:
         yield Case(f"  torch bmm + topk {name}", "torch", size, None, lambda data: torch_select(data, batch))
 
 
@@ -343,5 +344,5 @@ def short(tiles: Any) -> str:
         return f"p{tiles.pack} n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
     return (
         f"g{tiles.group} s{tiles.splits} w{tiles.score_warps} st{tiles.score_stages} p{tiles.score_pages} "
-        f"m{tiles.maxima_tile} c{tiles.chosen_tile} w{tiles.pick_warps}"
+        f"n{tiles.search_tile} l{tiles.list_tile} c{tiles.chosen_tile} s{tiles.pick_splits} w{tiles.pick_warps}"
     )

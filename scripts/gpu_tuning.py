@@ -58,25 +58,36 @@ def early_launch_cases() -> Iterator[Case]:
             yield Case(name.format("sliding"), "sliding", 0, None, sliding_calls(batch, None), early=early)
 
 
+# What of the default tiles is other: of the lists and their programs, of the groups, of the scores.
+SMALL = {"list_tile": 4096, "chosen_tile": 4096, "pick_warps": 8}
+PICKS: dict[tuple[int, int], tuple[dict[str, int], ...]] = {
+    (1, CONTEXT): (
+        *({"group": group} for group in (8, 32)),
+        *({"pick_splits": 8, "chosen_tile": tile} for tile in (8192, 4096)),
+        *({"pick_splits": 32, "list_tile": 4096, "group": group} for group in (16, 32)),
+        *({"pick_splits": splits, "group": group, **SMALL} for splits in (16, 32) for group in (16, 32)),
+        *({"splits": splits} for splits in (512, 683, 1024, 2048)),
+    ),
+    (8, CONTEXT): ({"pick_splits": 8}, {"pick_splits": 32, **SMALL}),
+    (32, CONTEXT): (
+        *({"pick_splits": splits} for splits in (1, 2, 8)),
+        *({"pick_splits": splits, **SMALL} for splits in (4, 8)),
+        *({"group": group} for group in (8, 32)),
+    ),
+    (32, 8192): ({"pick_warps": 8}, {"search_tile": 4096, "pick_splits": 2, "list_tile": 4096}),
+    (1, 1 << 20): ({"search_tile": 8192}, {"pick_splits": 16}, {"pick_splits": 64}, {"group": 32}),
+}
+
+
 def pick_cases() -> Iterator[Case]:
-    sizes = (
-        (1, CONTEXT, (4, 8, 16), (8, 16, 32), (1 << 13, 1 << 14, 1 << 15)),
-        (32, CONTEXT, (4, 8, 16), (8, 16, 32), (1 << 13, 1 << 14, 1 << 15)),
-        (32, 8192, (4, 8), (4, 8, 16), (1 << 11,)),
-        (1, 1 << 20, (8, 16), (16, 32), (1 << 13, 1 << 14)),
-    )
-    for batch, length, groups, warps, largest in sizes:
+    """Whole selections: groups and lists that are quick to pick from may be slow to make."""
+    for (batch, length), others in PICKS.items():
         default = default_select_tiles(batch, length)
-        for group, w, tile in itertools.product(groups, warps, largest):
-            maxima = min(tile, length // group)
-            chosen = min(K * group, length)
-            if max(maxima, chosen) > 2048 * w or maxima < min(length // group, tile):
-                continue
-            tiles = replace(default, group=group, maxima_tile=maxima, chosen_tile=chosen, pick_warps=w)
-            reference = select_calls(batch, length, "pick", default)
-            build = select_calls(batch, length, "pick", tiles)
-            name = f"tune pick batch {batch} context {length // 1024}K"
-            yield Case(name, "select", 0, None, build, tiles, True, reference)
+        reference = select_calls(batch, length, "all", default)
+        for other in others:
+            tiles = replace(default, **other)
+            name = f"tune select batch {batch} context {length // 1024}K"
+            yield Case(name, "select", 0, None, select_calls(batch, length, "all", tiles), tiles, True, reference)
 
 
 def score_cases() -> Iterator[Case]:

@@ -44,6 +44,14 @@ from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, se
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 H200 = Limits(132, 227 << 10, early_launch=True)
+# batch, context, k
+PICKS: tuple[tuple[int, int, int], ...] = (
+    (1, 1 << 17, 2048),
+    (32, 1 << 17, 2048),
+    (32, 1 << 13, 2048),
+    (1, 1 << 20, 2048),
+)
+PICKS += ((1, 1 << 17, 8192), (32, 1 << 17, 8192), (1, 1 << 20, 8192))
 
 
 def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -51,8 +59,8 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     out = {}
     for dtype in TYPES:
         out[f"score {dtype}"] = score(dtype)
-    for context, k in ((1 << 17, 2048), (1 << 20, 2048), (1 << 17, 8192), (1 << 20, 8192), (1 << 13, 2048)):
-        out[f"pick {context} {k}"] = pick(context, k)
+    for batch, context, k in PICKS:
+        out[f"pick {batch} {context} {k}"] = pick(batch, context, k)
     for dtype in TYPES:
         for source in ("list", "block", "pages", "ring"):
             out[f"attend {source} {dtype}"] = attention(source, dtype, 128, 5, 32)
@@ -110,12 +118,15 @@ def score(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     return select._score_kernel, types, constants, {"num_warps": tiles.score_warps}
 
 
-def pick(context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    tiles = select_tiles(32, context // PAGE_SIZE, k, H200)
+def pick(batch: int, context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    tiles = select_tiles(batch, context // PAGE_SIZE, k, H200)
     names = (
         "keys",
         "maxima",
-        "groups",
+        "listed_keys",
+        "listed",
+        "counts",
+        "arrived",
         "positions",
         "sequence",
         "block_table",
@@ -124,14 +135,17 @@ def pick(context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dic
         "lengths",
     )
     types = dict.fromkeys(names, "*i32")
-    types |= dict.fromkeys(("table_stride", "capacity", "max_groups", "K"), "i32")
+    types |= dict.fromkeys(("table_stride", "capacity", "max_groups", "K", "splits"), "i32")
+    whole = context <= tiles.search_tile
     constants = {
         "BLOCK_K": next_power_of_2(k),
         "PAGE": PAGE_SIZE,
         "GROUP": tiles.group,
-        "MAXIMA_TILE": tiles.maxima_tile,
-        "CHOSEN_TILE": tiles.chosen_tile,
-        "ONE_TILE": context // tiles.group <= tiles.maxima_tile,
+        "SEARCH_TILE": min(tiles.search_tile, context // tiles.group),
+        "LIST_TILE": tiles.list_tile,
+        "CHOSEN_TILE": context if whole else tiles.chosen_tile,
+        "ROWS": 1 if whole else tiles.pick_splits,
+        "WHOLE": whole,
         "OVERLAP": True,
     }
     return picking._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
@@ -202,6 +216,7 @@ def linear_of(
         "ROWS": tiles.rows,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
+        "AHEAD": tiles.ahead or tiles.block_k,
         "SPLITS": tiles.splits,
         "STAGES": tiles.num_stages,
         "SCALED": weights == "float8",

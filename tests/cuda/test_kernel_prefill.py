@@ -252,7 +252,7 @@ def test_many_queries_go_in_parts(ops: Ops, dtype: str, monkeypatch: pytest.Monk
     step = layout(rng, [Chunk(150, 5), Chunk(0, 9)])
     q_idx, k_idx = (rounded(rng.integers(-2, 3, (n, 16)), dtype) for n in (14, step.num_rows))
     want = scored(ops, step, q_idx, k_idx, dtype, 40)
-    monkeypatch.setattr(select_module, "_MAX_SCRATCH_BYTES", 3 * 4 * 192)  # three queries of three pages
+    monkeypatch.setattr(select_module, "_MAX_SCRATCH_BYTES", 3 * 12 * 192)  # three queries of three pages
     for a, b in zip(scored(ops, step, q_idx, k_idx, dtype, 40), want):
         assert_equal("select", a, b)
 

@@ -12,6 +12,7 @@ import pytest
 from clsa import spec
 from clsa.errors import BackendError
 from clsa.ops import Memory, Ops
+from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.select import select
 from clsa_cuda.kernels.tiles import Limits, SelectTiles, select_tiles
 from tests.ops.cases import STEPS, Chunk, Layout, filled_memory, layout, normal, poisoned, rounded
@@ -71,31 +72,52 @@ SPECIAL = {
 }
 
 
+# Small enough for what the tests can afford to go by way of lists, several blocks of them if they are long.
+LISTS = dataclasses.replace(
+    select_tiles(3, 24, 20, Limits(132, 227 << 10)),
+    group=8,
+    search_tile=64,
+    list_tile=128,
+    chosen_tile=256,
+    pick_splits=4,
+)
+
+
 @pytest.mark.parametrize("scores", SPECIAL.values(), ids=SPECIAL.keys())
-@pytest.mark.parametrize("k", [16, 300])
-def test_special_scores(ops: Ops, dtype: str, scores: Any, k: int) -> None:
+@pytest.mark.parametrize("k, tiles", [(16, None), (300, None), (40, LISTS)], ids=["16", "300", "lists"])
+def test_special_scores(ops: Ops, dtype: str, scores: Any, k: int, tiles: SelectTiles | None) -> None:
     """The index has one dimension, so that a score is the key itself."""
     rng = np.random.default_rng(1)
     step = layout(rng, [Chunk(n - 1, 1) for n in (700, 1, 300, 65)])
     k_idx = rounded(scores(rng, step.num_rows)[:, None], dtype)
-    check(ops, step, rounded(np.ones((4, 1)), dtype), k_idx, dtype, k)
+    check(ops, step, rounded(np.ones((4, 1)), dtype), k_idx, dtype, k, tiles)
 
 
-@pytest.mark.parametrize("group", [4, 16, 64])
-@pytest.mark.parametrize("maxima_tile", [32, 1024])
+@pytest.mark.parametrize("group", [4, 64])
+@pytest.mark.parametrize("search_tile", [32, 1024])
+@pytest.mark.parametrize("pick_splits, chosen_tile", [(1, 64), (3, 256), (5, 4096)])
 @pytest.mark.parametrize("values", [2, 10**6])
-def test_all_tile_sizes(ops: Ops, group: int, maxima_tile: int, values: int) -> None:
-    """More groups than one tile holds, more groups than are kept, and fewer: the same selection."""
+def test_all_tile_sizes(
+    ops: Ops, group: int, search_tile: int, pick_splits: int, chosen_tile: int, values: int
+) -> None:
+    """Maxima, slices and lists larger than the tiles they go in, and smaller: the same selection."""
     rng = np.random.default_rng(2)
     step = layout(rng, [Chunk(n - 1, 1) for n in (1500, 333, 5)])
     k_idx = rounded(rng.integers(0, values, (step.num_rows, 1)), "float32")
     tiles = dataclasses.replace(
-        select_tiles(3, 24, 20, Limits(132, 227 << 10)),
-        group=group,
-        maxima_tile=maxima_tile,
-        chosen_tile=32 * group,
+        LISTS, group=group, search_tile=search_tile, chosen_tile=chosen_tile, pick_splits=pick_splits
     )
     check(ops, step, rounded(np.ones((3, 1)), "float32"), k_idx, "float32", 20, tiles)
+    assert not arrival_counters(ops.asarray(k_idx).device).any(), "the next launch would miss an arrival"
+
+
+@pytest.mark.parametrize("k", [1, 600])
+def test_a_context_too_long_to_be_searched_whole(ops: Ops, k: int) -> None:
+    """With the default tiles; a sequence that ends in the middle of a slice, and one with fewer groups than k."""
+    rng = np.random.default_rng(5)
+    step = layout(rng, [Chunk(n - 1, 1) for n in (20_001, 17_000, 9_000, 599, 1)])
+    k_idx = rounded(rng.integers(0, 10**6, (step.num_rows, 1)), "float32")
+    check(ops, step, rounded(np.ones((5, 1)), "float32"), k_idx, "float32", k)
 
 
 @pytest.mark.parametrize("index_dim", [1, 65, 128])
@@ -117,7 +139,7 @@ def test_real_scores(ops: Ops, dtype: str, index_dim: int) -> None:
 def test_many_queries_go_in_parts(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     import clsa_cuda.kernels.select as module
 
-    monkeypatch.setattr(module, "_MAX_SCRATCH_BYTES", 2 * 4 * 192)  # two queries of three pages
+    monkeypatch.setattr(module, "_MAX_SCRATCH_BYTES", 2 * 12 * 192)  # two queries of three pages
     rng = np.random.default_rng(4)
     step = layout(rng, [Chunk(150, 7)])
     q_idx = rounded(rng.integers(-2, 3, (7, 8)), "float32")
@@ -145,10 +167,11 @@ def test_what_the_kernel_cannot_take(ops: Ops) -> None:
 
 @pytest.mark.parametrize("k", [1, 7, 2048, 8192])
 def test_tiles_fit(k: int) -> None:
-    """What the kernel relies on: everything kept fits one tile of at most 32768, sizes are powers of two."""
+    """What the kernel relies on: two counts of a tile share 32 bits, sizes are powers of two."""
     for max_pages, num_queries in itertools.product([1, 3, 2048, 16384, 262144], [1, 32, 4096]):
         tiles = select_tiles(num_queries, max_pages, k, Limits(132, 227 << 10))
-        assert min(k, max_pages * 64 // tiles.group) * tiles.group <= tiles.chosen_tile <= 32768
-        assert tiles.maxima_tile <= 32768 and 64 % tiles.group == 0
-        assert all(n & (n - 1) == 0 for n in (tiles.maxima_tile, tiles.chosen_tile, tiles.group, tiles.pick_warps))
-        assert 1 <= tiles.splits <= max_pages
+        assert max(tiles.search_tile, tiles.list_tile, tiles.chosen_tile) <= 32768
+        sizes = (tiles.search_tile, tiles.list_tile, tiles.chosen_tile, tiles.group, tiles.pick_warps)
+        assert all(n & (n - 1) == 0 for n in sizes) and 64 % tiles.group == 0
+        assert tiles.pick_splits == 1 or num_queries <= MAX_ARRIVALS
+        assert 1 <= tiles.splits <= max_pages and 1 <= tiles.pick_splits <= tiles.chosen_tile // 16

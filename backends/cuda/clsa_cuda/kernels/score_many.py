@@ -10,8 +10,8 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries
 from clsa_cuda.kernels.float8 import widened
-from clsa_cuda.kernels.pick import ABSENT, keys_of
 from clsa_cuda.kernels.prefill import load_tile, query_tiles
+from clsa_cuda.kernels.search import ABSENT, keys_of
 from clsa_cuda.kernels.tiles import limits
 from clsa_cuda.plain import FLOAT8
 

@@ -18,12 +18,14 @@ from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.ops import Memory, Queries, Selection
 from clsa_cuda.kernels.overlap import wait
-from clsa_cuda.kernels.pick import ABSENT, keys_of, pick
+from clsa_cuda.kernels.pick import pick
 from clsa_cuda.kernels.prefill import asks_many
 from clsa_cuda.kernels.score_many import score_many, takes
+from clsa_cuda.kernels.search import ABSENT, keys_of
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2, select_tiles
 
-_MAX_SCRATCH_BYTES = 256 << 20  # of the scores of the queries that one launch takes
+# Of the queries that one launch takes: the key of each token, and what `pick` may list of it.
+_MAX_SCRATCH_BYTES = 384 << 20
 
 
 @triton.jit
@@ -123,6 +125,11 @@ def score_keys(q_idx: Tensor, k_idx: Tensor, queries: Queries, tiles: SelectTile
     return keys, maxima
 
 
+def queries_per_launch(max_pages: int) -> int:
+    """How many queries with so long a page table the scratch has room for, at least one."""
+    return max(1, _MAX_SCRATCH_BYTES // (12 * max_pages * PAGE_SIZE))
+
+
 def _part(queries: Queries, start: int, stop: int) -> Queries:
     rows = slice(start, stop)
     bounds = tuple(min(max(start, row), stop) - start for row in queries.cu_seqlens)
@@ -137,7 +144,7 @@ def select(
         raise BackendError(f"the select kernel takes index_block_size 1, got {block_size}; use the plain op")
     assert memory.k_idx is not None
     num_queries, max_pages = q_idx.shape[0], queries.block_table.shape[1]
-    step = max(1, _MAX_SCRATCH_BYTES // (4 * max_pages * PAGE_SIZE))
+    step = queries_per_launch(max_pages)
     tiles = tiles or select_tiles(min(step, num_queries), max_pages, k, limits(q_idx.device))
     if num_queries == 0:
         nothing = torch.empty(0, k, dtype=torch.int32, device=q_idx.device)

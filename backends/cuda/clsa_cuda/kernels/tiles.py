@@ -11,12 +11,11 @@ from triton.runtime import driver
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 
-MAX_SELECTED = 8192  # of `select`: what is chosen among stays in one program's registers
+MAX_SELECTED = 8192  # of `select`: counts in a scan share 32 bits
 MAX_SPLITS = 64  # of an attention: one program merges so many results
-# Values one program holds at once: 32 in each thread of 32 warps, half of the registers a thread can have.
-_REGISTER_TILE = 32768
-_SEARCH_TILE = 16384
-_STREAM_TILE = 8192  # what is read again in each step of a search goes in smaller tiles, beside as many counters
+_SEARCH_TILE = 16384  # maxima that a program searches at once: 32 in each thread of 16 warps
+_LIST_TILE = 8192  # tokens that a program goes through at once
+_MAX_PICK_SPLITS = 32  # programs of a query
 _SCORE_PROGRAMS = 6  # that fit a multiprocessor at once, with three 16 KB pages of bfloat16 keys in flight each
 _MIN_GROUP, _MAX_GROUP = 4, PAGE_SIZE
 EARLY_LAUNCH = True
@@ -50,6 +49,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def previous_power_of_2(n: int) -> int:
+    return 1 << max(1, n).bit_length() - 1
+
+
 # -- select ------------------------------------------------------------------------------------------------
 
 
@@ -59,38 +62,38 @@ class SelectTiles:
 
     group: int
     splits: int  # programs that score one query
-    maxima_tile: int
-    chosen_tile: int
     score_warps: int
     score_stages: int
+    search_tile: int  # maxima, or all tokens if they are no more
+    list_tile: int  # tokens, of which a program lists the best
+    chosen_tile: int  # tokens on all lists of a query
+    pick_splits: int  # programs that list for one query
     pick_warps: int
     score_pages: int = 1  # that a program scores at once
 
 
 def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> SelectTiles:
-    """Groups so large that about as many maxima are searched as tokens of the groups that were kept."""
+    """Groups with 2 to 4 k maxima: few to search, and enough of them that few tokens reach the best k."""
     if k > MAX_SELECTED:
         raise BackendError(f"the select kernel takes index_topk up to {MAX_SELECTED}, got {k}; use a smaller one")
     capacity = max_pages * PAGE_SIZE
     kept = next_power_of_2(k)
     group = _MIN_GROUP
-    while group < _MAX_GROUP and 2 * group * kept <= _REGISTER_TILE and 2 * group * group * kept < capacity:
+    while group < _MAX_GROUP and 4 * kept * group < capacity:
         group *= 2
-    maxima_tile = next_power_of_2(capacity // group)
-    if maxima_tile > _SEARCH_TILE:
-        maxima_tile = _STREAM_TILE
-    chosen_tile = min(kept * group, next_power_of_2(capacity))
-    largest = max(maxima_tile, chosen_tile)
     # One wave of small programs that each stream a few pages: loads in flight come from their number.
     splits = max(1, min(max_pages, _SCORE_PROGRAMS * device.sm_count // max(1, num_queries)))
+    pick_splits = min(device.sm_count // max(1, num_queries), capacity // _LIST_TILE)
     return SelectTiles(
         group=group,
         splits=splits,
-        maxima_tile=maxima_tile,
-        chosen_tile=chosen_tile,
         score_warps=4,
         score_stages=3,
-        pick_warps=max(8, min(32, largest // 2048)),
+        search_tile=_SEARCH_TILE,
+        list_tile=_LIST_TILE,
+        chosen_tile=_LIST_TILE,
+        pick_splits=min(_MAX_PICK_SPLITS, previous_power_of_2(pick_splits)),
+        pick_warps=16,
     )
 
 
@@ -121,17 +124,19 @@ def attention_tiles(
     block_n, stages, least = 64, 3, 1
     wanted = 2 * device.sm_count // pairs
     if max_keys <= 1024:
-        block_n, stages, wanted = 32, 2, min(16, 4 * device.sm_count // pairs)
+        block_n, stages, wanted = 128, 2, device.sm_count // (2 * pairs)
+    elif pairs * (max_keys // 128) <= device.sm_count:
+        block_n, stages, wanted = 128, 2, max_keys // 128  # a block each
     elif max_keys > 2 * MAX_SELECTED and 2 * pairs >= device.sm_count:
         block_n, stages, wanted = 32, 5, -(-2 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED:
         least = 2  # or the merge costs more than it gains
         wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
-    while block_n > 16 and stages * block_n * row_bytes > device.shared_memory // 2:
+    while block_n > 16 and stages * block_n * row_bytes > device.shared_memory * 3 // 5:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
     while stages > 2 and stages * block_n * row_bytes > device.shared_memory // 2:
         stages -= 1
     splits = max(1, min(wanted, MAX_SPLITS, max_keys // (least * block_n)))
-    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=stages)
+    return AttentionTiles(block_n=block_n, splits=splits, num_warps=8 if block_n == 128 else 4, num_stages=stages)
