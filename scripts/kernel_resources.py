@@ -38,6 +38,7 @@ from clsa_cuda.kernels import (
     write_memory,
 )
 from clsa_cuda.kernels import pick as picking
+from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.product import product_tiles
 from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
@@ -78,6 +79,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     for rows in (1, 32):
         for weights in ("bfloat16", "float8"):
             out[f"qkv {weights} {rows}"] = linear_of(rows, 3584, 2560, True, False, weights)
+            out[f"output {weights} {rows}"] = linear_of(rows, 2560, 2560, False, False, weights)
             out[f"gate and up {weights} {rows}"] = linear_of(rows, 7680, 2560, True, True, weights)
             out[f"down {weights} {rows}"] = linear_of(rows, 2560, 7680, False, False, weights)
         out[f"head {rows}"] = linear_of(rows, 151936, 2560, True, False)
@@ -205,9 +207,10 @@ def linear_of(
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     """A product of a 4B layer: with a norm before it, or a residual behind it."""
     tiles = product_tiles(rows, out_size, in_size, swiglu, norm, H200)
-    types = dict.fromkeys(("x", "norm", "residual", "out"), "*bf16") | {
-        "w": "*fp8e4nv" if weights == "float8" else "*bf16"
-    }
+    types = dict.fromkeys(("x", "w", "norm", "residual", "out"), "*bf16")
+    if weights == "float8":
+        tiles = float8_tiles(rows, out_size, in_size, swiglu, H200)
+        types |= {"w": "*i32", "norm": "*i32"}
     types |= {"scales": "*fp32", "partial": "*fp32", "arrived": "*i32", "eps": "fp32"}
     types |= dict.fromkeys(("M", "N", "x_stride", "residual_stride"), "i32")
     constants = {
@@ -216,7 +219,6 @@ def linear_of(
         "ROWS": tiles.rows,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
-        "AHEAD": tiles.ahead or tiles.block_k,
         "SPLITS": tiles.splits,
         "STAGES": tiles.num_stages,
         "SCALED": weights == "float8",
@@ -225,7 +227,8 @@ def linear_of(
         "ADD": not norm,
         "OVERLAP": True,
     }
-    return linear._linear_kernel, types, constants, {"num_warps": tiles.num_warps}
+    limit = {"maxnreg": tiles.max_registers} if tiles.max_registers else {}
+    return linear._linear_kernel, types, constants, {"num_warps": tiles.num_warps} | limit
 
 
 def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:

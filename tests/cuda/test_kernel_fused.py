@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from clsa import spec
+from clsa.ops import Float8Weight
 from clsa_cuda import plain
 from clsa_cuda.kernels import fused, linear
 from clsa_cuda.kernels.blocks import linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles
 from clsa_cuda.kernels.tiles import Limits
 from tests.cuda.conftest import DEVICE
 from tests.tolerance import assert_close
 
+FLOAT8 = torch.float8_e4m3fn
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHAPES = [(1, 1), (3, 63), (2, 64), (5, 111), (2, 2560)]
 
@@ -115,32 +118,63 @@ def test_product(rows: int, out_size: int, in_size: int, splits: int) -> None:
         assert_close("norm_swiglu", dtype, wide(got), spec.swiglu(gate, up), case)
 
 
-@pytest.mark.parametrize("rows, splits", [(1, 1), (5, 2)])
-def test_products_of_float8_weights(rows: int, splits: int) -> None:
+def sixteen_bits() -> str:
+    return "bfloat16" if DEVICE != "cpu" else "float16"
+
+
+@pytest.mark.parametrize("rows, splits, block_k", [(1, 1, 128), (5, 2, 64), (33, 3, 256)])
+def test_products_of_float8_weights(rows: int, splits: int, block_k: int) -> None:
     """A value times the scale of its output is what is multiplied; close to the specification's rounding of both."""
     rng = np.random.default_rng(0)
-    dtype = "bfloat16" if DEVICE != "cpu" else "float16"
-    x, norm = array(rng, dtype, rows, 256), array(rng, dtype, 256)
-    weight = plain.float8_weight(array(rng, dtype, 90, 256) / 16)
-    want = spec.norm_linears(wide(x), wide(norm), 1e-6, [wide(plain.dense(weight, torch.float32))])[0]
-    got = linear.product(x, weight, norm=norm, eps=1e-6, tiles=tiles(splits))
-    assert_close("norm_linears", dtype, wide(got), want, rows)
-    gated = linear.product(x, weight, norm=norm, eps=1e-6, swiglu=True, tiles=tiles(splits))
-    assert_close("norm_swiglu", dtype, wide(gated), spec.swiglu(want[:, :45], want[:, 45:]), rows)
+    dtype, out_size, in_size = sixteen_bits(), 90, 516
+    x, norm, residual = (array(rng, dtype, *shape) for shape in ((rows, in_size), (in_size,), (rows, out_size)))
+    weight = plain.float8_weight(array(rng, dtype, out_size, in_size) / 16)
+    dense, t = wide(plain.dense(weight, torch.float32)), ProductTiles(20, block_k, splits, num_stages=3)
+    want = spec.norm_linears(wide(x), wide(norm), 1e-6, [dense])[0]
+    for given in (x, part(x)):
+        got = linear.product(given, weight, norm=norm, eps=1e-6, tiles=t)
+        assert_close("norm_linears", dtype, wide(got), want, rows)
+        got = linear.product(given, weight, residual=part(residual), tiles=t)
+        assert_close("add_linear", dtype, wide(got), wide(x) @ dense.T + wide(residual), rows)
+        got = linear.product(given, weight, norm=norm, eps=1e-6, swiglu=True, tiles=t)
+        assert_close("norm_swiglu", dtype, wide(got), spec.swiglu(want[:, :45], want[:, 45:]), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.cuda)])
+def test_every_float8_number_is_multiplied_exactly(dtype: str) -> None:
+    """By rows of x that have one 1 each, in every place of a word: subnormals, both zeros, all but NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    numbers = torch.stack([codes.roll(shift) for shift in range(4)]).reshape(-1, 16)  # [64, 16]
+    weight = Float8Weight(numbers.view(FLOAT8).to(DEVICE), torch.full((64,), 0.5, device=DEVICE))
+    x = torch.eye(16, dtype=DTYPES[dtype], device=DEVICE)
+    np.testing.assert_array_equal(wide(linear.product(x, weight)), wide(numbers.view(FLOAT8).float()).T / 2)
+
+
+def test_float8_rows_that_are_not_finite() -> None:
+    """A row with NaN or infinity among its weights is NaN, whatever it is multiplied with; the others are as ever."""
+    rng = np.random.default_rng(0)
+    dense = array(rng, "float32", 40, 64)
+    dense[3, 7], dense[17, 0] = torch.nan, torch.inf
+    got = wide(linear.product(array(rng, sixteen_bits(), 2, 64), plain.float8_weight(dense)))
+    assert np.isnan(got[:, [3, 17]]).all() and np.isfinite(np.delete(got, [3, 17], axis=1)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
 @pytest.mark.parametrize(
     "out_size, in_size, swiglu", [(3584, 2560, False), (7680, 2560, True), (2560, 7680, False), (10, 16, True)]
 )
-@pytest.mark.parametrize("norm", [False, True])
-def test_tiles_fill_their_waves(rows: int, out_size: int, in_size: int, swiglu: bool, norm: bool) -> None:
+@pytest.mark.parametrize("weights", ["16 bits", "16 bits behind a norm", "8 bits"])
+def test_tiles_fill_their_waves(rows: int, out_size: int, in_size: int, swiglu: bool, weights: str) -> None:
     device = Limits(132, 227 << 10)
-    t = product_tiles(rows, out_size, in_size, swiglu, norm, device)
+    if weights == "8 bits":
+        t, most, itemsize = float8_tiles(rows, out_size, in_size, swiglu, device), 64 if swiglu else 128, 1
+    else:
+        t, most, itemsize = product_tiles(rows, out_size, in_size, swiglu, "norm" in weights, device), 64, 2
     waves = -(-t.units(out_size) // device.sm_count)
     assert t.units(out_size) >= 0.9 * waves * device.sm_count or out_size < device.sm_count
-    assert t.rows <= t.block_n <= 64
-    stage = t.block_k * 2 * (t.block_n * (2 if swiglu else 1) + max(16, rows))
+    assert t.rows <= t.block_n <= most
+    stage = t.block_k * (itemsize * t.block_n * (2 if swiglu else 1) + 2 * max(16, rows))
     assert t.num_stages >= 2 and t.num_stages * stage <= device.shared_memory
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
+from clsa_cuda.kernels.float8_product import float8_sums, float8_tiles
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles, store, sums
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
@@ -18,9 +19,9 @@ from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,  # [M, K], rows x_stride apart
-    w,  # [N, K], with SWIGLU [2 N, K]: all rows of gate, then all rows of up
+    w,  # [N, K], with SWIGLU [2 N, K]: all rows of gate, then all rows of up; SCALED: [N, K / 4] int32 of 8-bit weights
     scales,  # [N] or [2 N] float32, SCALED only: of 8-bit rows
-    norm,  # [K], NORM only
+    norm,  # [K], NORM only; SCALED: [K / 2] int32
     residual,  # [M, N], rows residual_stride apart, ADD only
     out,  # [M, N]
     partial,  # float32 scratch: see ProductTiles.scratch
@@ -54,27 +55,48 @@ def _linear_kernel(
     PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     first = split * PER_SPLIT
     stop = tl.minimum(first + PER_SPLIT, BLOCKS)
-    w_rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
-    up_rows = w_rows + tl.cast(N, tl.int64) * K
     x_rows = x + m.to(tl.int64)[None, :] * x_stride
-    acc, up, square = sums(
-        x_rows,
-        m < M,
-        norm,
-        w_rows,
-        up_rows,
-        live,
-        first,
-        stop,
-        K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
-        NORM,
-        SWIGLU,
-        OVERLAP,
-    )
+    if SCALED:
+        acc, up, square = float8_sums(
+            x_rows,
+            m < M,
+            norm,
+            w,
+            tile,
+            N,
+            first,
+            stop,
+            K,
+            BLOCK_M,
+            ROWS,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            NORM,
+            SWIGLU,
+            OVERLAP,
+        )
+    else:
+        w_rows = w + tl.where(live, n, 0).to(tl.int64)[:, None] * K
+        up_rows = w_rows + tl.cast(N, tl.int64) * K
+        acc, up, square = sums(
+            x_rows,
+            m < M,
+            norm,
+            w_rows,
+            up_rows,
+            live,
+            first,
+            stop,
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            NORM,
+            SWIGLU,
+            OVERLAP,
+        )
     if SPLITS == 1:
         store(
             acc, up, square, scales, residual, out, n, live, m, M, N, residual_stride, eps, K, SCALED, NORM, SWIGLU, ADD
@@ -127,7 +149,8 @@ def _linear_kernel(
 def takes(x: Tensor, weight: Weight) -> bool:
     """Whether `product` takes it: few rows in 16 bits. Many rows, and float32, are cuBLAS's to multiply."""
     w = weight.values if isinstance(weight, Float8Weight) else weight
-    return x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.itemsize == 2 and w.is_contiguous()
+    in_words = w.itemsize > 1 or w.shape[1] % 4 == 0
+    return x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.itemsize == 2 and w.is_contiguous() and in_words
 
 
 def takes_norm(x: Tensor, weight: Weight) -> bool:
@@ -156,11 +179,16 @@ def product(
     """
     scaled = isinstance(weight, Float8Weight)
     w, scales = (weight.values, weight.scales) if isinstance(weight, Float8Weight) else (weight, weight)
+    norm_words = norm
+    if scaled:
+        w, norm_words = w.view(torch.int32), None if norm is None else norm.view(torch.int32)
     num_rows, in_size = x.shape
     out_size = w.shape[0] // 2 if swiglu else w.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
     device = limits(x.device)
+    if tiles is None and scaled:
+        tiles = float8_tiles(num_rows, out_size, in_size, swiglu, device)
     tiles = tiles or product_tiles(num_rows, out_size, in_size, swiglu, norm is not None, device)
     out = torch.empty(num_rows, out_size, dtype=x.dtype, device=x.device)
     units, block_m = tiles.units(out_size), max(16, next_power_of_2(num_rows))
@@ -169,7 +197,7 @@ def product(
         x,
         w,
         scales,
-        x if norm is None else norm,
+        x if norm_words is None else norm_words,
         out if residual is None else residual,
         out,
         torch.empty(tiles.scratch(out_size, block_m, swiglu), dtype=torch.float32, device=x.device),
@@ -192,6 +220,7 @@ def product(
         ADD=residual is not None,
         OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
+        maxnreg=tiles.max_registers,
         **launch_options(device),
     )
     return out

@@ -12,12 +12,12 @@ sums at the end. Behind it come silu(gate) * up, where a tile has rows of both m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import triton
 import triton.language as tl
 
-from clsa_cuda.kernels.float8 import widened
+from clsa_cuda.kernels.float8 import finite
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
@@ -34,6 +34,7 @@ class ProductTiles:
     splits: int  # parts of K
     num_stages: int  # tiles of weights in flight
     num_warps: int = 4
+    max_registers: int | None = field(default=None, kw_only=True)  # of a thread; None: what the compiler wants
 
     @property
     def block_n(self) -> int:
@@ -52,17 +53,20 @@ def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, norm
     """A tile for every multiprocessor, as deep a pipeline as fits; measured on an H200 (docs/log.md)."""
     splits = 1 if swiglu or in_size < 1024 else 2
     rows = triton.cdiv(out_size * splits, device.sm_count)
+    if splits == 2 and triton.cdiv(3 * out_size, device.sm_count) <= _MAX_BLOCK:
+        splits = 3  # fuller tiles: 2,560 outputs are 59 rows of 64 instead of 39
+        rows = triton.cdiv(out_size * splits, device.sm_count)
     waves = triton.cdiv(rows, _MAX_BLOCK)
     rows = max(1, triton.cdiv(rows, waves))
     many = waves > 4  # then programs overlap each other, and smaller ones leave room for it
     # The norm's weights are fetched ahead of their use if a thread takes at least two of them.
-    block_k = 256 if norm and not swiglu and not many else 128
+    block_k = 64 if many else 256 if norm and not swiglu else 128
     block_k = min(block_k, max(16, next_power_of_2(in_size)))
     block_n, block_m = (max(16, next_power_of_2(size)) for size in (rows, num_rows))
     parts = 2 if swiglu else 1
     # Beside the stages there are the weights that were read ahead.
     room = device.shared_memory - block_n * parts * block_k * 2 - (16 << 10)
-    stages = max(2, min(4 if many else 8, room // ((block_n * parts + block_m) * block_k * 2)))
+    stages = max(2, min(5 if many else 8, room // ((block_n * parts + block_m) * block_k * 2)))
     return ProductTiles(rows, block_k, 1 if many else splits, stages, num_warps=8 if swiglu and not many else 4)
 
 
@@ -73,9 +77,9 @@ def _add(acc, up_acc, square, x_tile, w_tile, up_tile, norm_tile, NORM: tl.const
         wide = x_tile.to(tl.float32)
         square += wide * wide
         x_tile = (wide * norm_tile.to(tl.float32)[:, None]).to(x_tile.dtype)
-    acc = tl.dot(widened(w_tile, x_tile), x_tile, acc)
+    acc = tl.dot(w_tile, x_tile, acc)
     if SWIGLU:
-        up_acc = tl.dot(widened(up_tile, x_tile), x_tile, up_acc)
+        up_acc = tl.dot(up_tile, x_tile, up_acc)
     return acc, up_acc, square
 
 
@@ -153,9 +157,9 @@ def store(
 ):
     """From sums to outputs: the scales of the weights and of the norm, the feed-forward's gate, the residual."""
     if SCALED:
-        acc = acc * tl.load(scales + n, mask=live, other=0.0)[:, None]
+        acc = acc * finite(tl.load(scales + n, mask=live, other=0.0))[:, None]
         if SWIGLU:
-            up = up * tl.load(scales + N + n, mask=live, other=0.0)[:, None]
+            up = up * finite(tl.load(scales + N + n, mask=live, other=0.0))[:, None]
     if NORM:
         scale = 1.0 / tl.sqrt(square / K + eps)
         acc = acc * scale[None, :]
