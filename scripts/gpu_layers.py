@@ -1,6 +1,6 @@
 """Tune a sliding layer of a 4B decode step where it runs: in a chain of 16 layers, one CUDA graph.
 
-    PYTHONPATH=.:backends/cuda python3 scripts/gpu_layers.py --out result.json [--rows 1,8,32]
+    PYTHONPATH=.:backends/cuda python3 scripts/gpu_layers.py --out result.json [--rows 1,8,32] [--defaults]
 
 A layer is five launches: norm and q/k/v, window attention, output and residual, norm and gate, down and residual. Each
 of the 16 has weights and a ring of its own. One choice at a time is exchanged while the others stay; what counts is the
@@ -36,6 +36,7 @@ SHAPES = {"qkv": (QKV, C, False), "output": (C, HEADS * D, False), "gate": (F, C
 POSITION, CONTEXT, TOP_K = 131072, 32768, 2048
 Choice = dict[str, Any]  # ProductTiles of each of SHAPES, AttentionTiles of "attend"
 DEVICE = torch.device("cuda")
+DEFAULTS = "--defaults" in sys.argv
 
 
 def defaults(rows: int) -> Choice:
@@ -47,79 +48,74 @@ def defaults(rows: int) -> Choice:
     return start | {"attend": attend, "gather": gather}
 
 
-def products(rows: int, out_size: int, in_size: int, swiglu: bool) -> list[ProductTiles]:
+def tiles_of(
+    rows: int, shape: tuple[int, int, bool], room: int, block_k: int, splits: int, warps: int
+) -> ProductTiles | None:
+    """Even tiles for every multiprocessor, with as many stages as fit `room` KB; None: too few."""
+    out_size, in_size, swiglu = shape
+    each = -(-out_size * splits // 132)
+    each = -(-each // -(-each // 64))
+    t = ProductTiles(each, block_k, splits, 2, warps)
+    width = t.block_n * (2 if swiglu else 1) + max(16, rows)
+    stages = min(8, -(-in_size // block_k // splits), (room << 10) // 2 // width // block_k)
+    return replace(t, num_stages=stages) if stages >= 2 else None
+
+
+ROOMS = (76, 108, 150, 216)
+
+
+def products(rows: int, name: str) -> list[ProductTiles]:
+    splits = (1,) if SHAPES[name][2] else (1, 2, 3)
+    cases = itertools.product(ROOMS[1:], (64, 128, 256), splits, (4, 8))
+    return list(dict.fromkeys(t for case in cases if (t := tiles_of(rows, SHAPES[name], *case)) is not None))
+
+
+def together(rows: int, start: Choice) -> list[Choice]:
+    """All products at once: a kernel can start early only where the one in front leaves room."""
     found = []
-    parts = 2 if swiglu else 1
-    for programs, warps, splits, block_k, room in itertools.product(
-        (132, 264), (4, 8), (1, 2, 4), (128, 256, 512), (56 << 10, 104 << 10, 208 << 10)
-    ):
-        if in_size // splits < 2 * block_k or room * (programs // 132) > 220 << 10:
-            continue
-        if rows < 32 and splits == 4:
-            continue
-        each = -(-out_size * splits // programs)
-        each = -(-each // -(-each // 64))
-        t = ProductTiles(each, block_k, splits, 2, warps)
-        stages = min(8, -(-in_size // block_k // splits), room // ((t.block_n * parts + max(16, rows)) * block_k * 2))
-        if stages >= 2 and (warps == 4 or t.block_n * parts * block_k >= 1 << 14):
-            found.append(replace(t, num_stages=stages))
-    return list(dict.fromkeys(found))
-
-
-def variants(rows: int, start: Choice) -> list[tuple[str, Choice]]:
-    """What differs from `start` in one thing each."""
-    out: list[tuple[str, Choice]] = []
-    for name, shape in SHAPES.items():
-        out += [(name, start | {name: t}) for t in products(rows, *shape)]
-    out += [("attend", start | {"attend": t}) for t in attentions(rows, W)]
-    out += [("gather", start | {"gather": t}) for t in attentions(rows, TOP_K)]
-    return out + [("room", choice) for choice in smaller(rows, start)]
-
-
-def smaller(rows: int, start: Choice) -> list[Choice]:
-    """All products in less shared memory at once: a kernel can start early only where the one in front leaves room."""
-    found = []
-    for room, shrink in itertools.product((64 << 10, 84 << 10, 104 << 10, 132 << 10), (1, 2)):
+    for room, splits, warps in itertools.product(ROOMS, (2, 3), (4, 8)):
         choice = dict(start)
-        for name, (_, _, swiglu) in SHAPES.items():
-            t = start[name]
-            block_k = t.block_k // shrink
-            stage = (t.block_n * (2 if swiglu else 1) + max(16, rows)) * block_k * 2
-            choice[name] = replace(t, block_k=block_k, num_stages=max(2, min(8, room // stage)))
+        for name, shape in SHAPES.items():
+            block_k, parts = (256, 2) if name == "qkv" else (128, 1 if shape[2] else splits)
+            t = tiles_of(rows, shape, room, block_k, parts, 8 if shape[2] else warps)
+            choice[name] = t or choice[name]
         found.append(choice)
     return found
 
 
+def variants(rows: int, start: Choice) -> list[tuple[str, Choice]]:
+    """What differs from `start` in one thing each."""
+    out = [(name, start | {name: t}) for name in SHAPES for t in products(rows, name)]
+    out += [("attend", start | {"attend": t}) for t in attentions(rows, W)]
+    return out + [("gather", start | {"gather": t}) for t in attentions(rows, TOP_K)]
+
+
 def attentions(rows: int, keys: int) -> list[AttentionTiles]:
     found = []
-    for block_n, splits, stages, pack, warps in itertools.product(
-        (16, 32, 64, 128), (1, 2, 4, 8, 16, 32), (2, 3, 4), (1, 2, 4), (4, 8)
+    for block_n, splits, stages, warps in itertools.product(
+        (16, 32, 64, 128), (1, 2, 3, 4, 7, 8, 16, 32), (2, 3, 4), (4, 8)
     ):
-        programs, columns = rows * KV_HEADS // pack * splits, block_n * pack
-        if splits * block_n > keys or not 24 <= programs <= 1100 or not 16 <= columns <= 128:
-            continue
-        if (warps == 8 and columns < 128) or (warps == 4 and columns == 128 and pack == 1 and rows < 8):
+        programs = rows * KV_HEADS * splits
+        if splits * block_n > keys or not 16 <= programs <= 560 or (warps == 8) != (block_n == 128):
             continue
         blocks = keys // splits // block_n
-        if stages * columns * 512 > 160 << 10 or (stages > 2 and blocks <= stages):
+        if stages * block_n * 512 > 160 << 10 or (stages > 2 and blocks <= stages):
             continue
-        found.append(AttentionTiles(block_n, splits, warps, stages, pack))
+        found.append(AttentionTiles(block_n, splits, warps, stages))
     return found
 
 
 def compile_some(index: int, rows: list[int]) -> None:
     for m in rows:
         chain = Chain(m, weights(1))
-        seen: set[Any] = set()
-        for _, choice in [("", defaults(m)), *variants(m, defaults(m))][index::WORKERS]:
-            chain.choice = choice
-            for name in ("qkv", "attend", "gather", "output", "gate", "down"):
-                if choice[name] not in seen and (index == 0 or choice[name] != defaults(m)[name]):
-                    seen.add(choice[name])
-                    try:
-                        getattr(chain, name)(0)
-                    except Exception as error:
-                        print(name, m, choice[name], str(error)[:100], flush=True)
+        choices = [defaults(m), *together(m, defaults(m)), *(choice for _, choice in variants(m, defaults(m)))]
+        names = ("qkv", "attend", "gather", "output", "gate", "down")
+        for name, tiles in list(dict.fromkeys((n, c[n]) for c in choices for n in names))[index::WORKERS]:
+            chain.choice = defaults(m) | {name: tiles}
+            try:
+                getattr(chain, name)(0)
+            except Exception as error:
+                print(name, m, tiles, str(error)[:100], flush=True)
     torch.cuda.synchronize()
 
 
@@ -171,7 +167,9 @@ class Chain:
         parts = qkv.split([HEADS * D, KV_HEADS * D, KV_HEADS * D], 1)
         q, k, v = (part.reshape(self.rows, -1, D) for part in parts)
         norms = HeadNorms(self.head_norm, self.head_norm, 1e-6, 1e4)
-        o, _ = attend_window(q, k, v, norms, self.windows[i], self.queries, self.mapping, self.choice["attend"])
+        o, _ = attend_window(
+            q, k, v, norms, self.windows[i], self.queries, self.mapping, self.choice["attend"], fresh=False
+        )
         return o.reshape(self.rows, -1)
 
     def gather(self, i: int, q: torch.Tensor | None = None) -> torch.Tensor:
@@ -236,27 +234,39 @@ def tune(chain: Chain) -> dict[str, Any]:
         best[chain.gathers] = chain.microseconds()
     row["default_us"] = [best[False], best[True]]
     print(f"rows {chain.rows}: {best[False]:.2f} us a sliding layer, {best[True]:.2f} us one that gathers", flush=True)
-    timed: dict[str, list[tuple[float, Choice]]] = {}
-    for name, choice in variants(chain.rows, start):
+
+    def us_of(name: str, choice: Choice) -> float:
         try:
             chain.choice = choice
             assert (error := chain.wrong(want)) < 1.5e-2, f"wrong by {error}"
             chain.gathers = name == "gather"
-            timed.setdefault(name, []).append((chain.microseconds(), choice))
+            return chain.microseconds()
         except Exception as error:
             row["errors"].append(f"{name} {choice}: {type(error).__name__}: {error}"[:300])
+            return float("inf")
+
+    if DEFAULTS:
+        return row
+    found = sorted(((us_of("all", choice), choice) for choice in together(chain.rows, start)), key=lambda pair: pair[0])
+    row["together"] = [(us, str({n: choice[n] for n in SHAPES})) for us, choice in found]
+    for us, choice in found[:4]:
+        print(f"    together {us:7.2f}", {n: choice[n] for n in SHAPES}, flush=True)
+    if found[0][0] < best[False]:
+        best[False], start = found[0]
+    timed: dict[str, list[tuple[float, Choice]]] = {}
+    for name, choice in variants(chain.rows, start):
+        timed.setdefault(name, []).append((us_of(name, choice), choice))
     chosen = dict(start)
     for name, found in timed.items():
         found.sort(key=lambda pair: pair[0])
         for us, choice in found[:3]:
-            print(f"    {name:9s} {us:7.2f} {choice.get(name, choice)}", flush=True)
+            print(f"    {name:9s} {us:7.2f} {choice[name]}", flush=True)
         for _, choice in found[:3]:  # what was best beside the start may not be beside the others
-            changed = {name: choice[name]} if name in choice else {n: choice[n] for n in SHAPES}
-            chain.choice, chain.gathers = chosen | changed, name == "gather"
+            chain.choice, chain.gathers = chosen | {name: choice[name]}, name == "gather"
             us = chain.microseconds()
             if us < best[chain.gathers] - 0.05:
                 best[chain.gathers], chosen = us, dict(chain.choice)
-        row.setdefault("tried", {})[name] = [(us, str(choice.get(name, choice))) for us, choice in found]
+        row.setdefault("tried", {})[name] = [(us, str(choice[name])) for us, choice in found]
     chain.choice = chosen
     for chain.gathers in (True, False):
         best[chain.gathers] = chain.microseconds()
@@ -277,13 +287,15 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--rows", default="1,8,32")
     parser.add_argument("--compile", type=int)
+    parser.add_argument("--defaults", action="store_true", help="time the default tiles only")
     args = parser.parse_args()
     rows = [int(m) for m in args.rows.split(",")]
     torch.manual_seed(0)
     if args.compile is not None:
         return compile_some(args.compile, rows)
     begin = time.time()
-    jobs = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--compile", str(i)]) for i in range(WORKERS)]
+    workers = range(0 if DEFAULTS else WORKERS)
+    jobs = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--compile", str(i)]) for i in workers]
     for job in jobs:
         job.wait()
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)

@@ -152,7 +152,9 @@ def gather_calls(batch: int, how: str, hot: bool, tiles: Any = None) -> Callable
         selections = data.selections(batch, 2 if hot else max(3, 48 // batch))
         q = data.normal(batch, H, D)
         if how == "in place":
-            calls = [partial(gather_attention.gather_attention, q, data.memory, s, tiles) for s in selections]
+            calls = [
+                partial(gather_attention.gather_attention, q, data.memory, s, tiles, fresh=False) for s in selections
+            ]
         elif how == "copy":
             calls = [partial(gather_attention.compact_rows, data.memory, s) for s in selections]
         elif how == "compact":
@@ -189,7 +191,9 @@ def dense_calls(batch: int, how: str, tiles: Any = None) -> Callable[[Data], lis
         q = data.normal(batch, H, D)
         if how == "kernel":
             steps = [data.queries(batch, first=first) for first in data.sets(batch)]
-            calls = [partial(dense_attention.dense_attention, q, data.memory, step, tiles) for step in steps]
+            calls = [
+                partial(dense_attention.dense_attention, q, data.memory, step, tiles, fresh=False) for step in steps
+            ]
         else:
             kv = [x.view(-1, CONTEXT, G, D).transpose(1, 2).split(batch) for x in (data.memory.k, data.memory.v)]
             sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
@@ -214,7 +218,9 @@ def sliding_calls(batch: int, tiles: Any) -> Callable[[Data], list[Call]]:
         queries = data.queries(batch)
         slots = torch.arange(rings * batch, dtype=torch.int32, device=DEVICE).view(rings, batch)
         steps = [replace(queries, window_slots=own) for own in slots]
-        return [partial(sliding_attention.sliding_attention, q, k, v, window, step, tiles) for step in steps]
+        return [
+            partial(sliding_attention.sliding_attention, q, k, v, window, step, tiles, fresh=False) for step in steps
+        ]
 
     return build
 

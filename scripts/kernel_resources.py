@@ -165,7 +165,14 @@ def attention(
         ("H", "q_stride", "k_stride", "v_stride", "own_k_stride", "own_v_stride", "rows_stride"), "i32"
     )
     types |= {"scale": "fp32", "splits": "i32"}
+    window = source == "ring"
+    types |= {"eps": "fp32"} if window else {}
+    types |= dict.fromkeys(("q_norm", "k_norm"), TYPES[dtype]) if window else {}
+    types |= {"frequencies": "*fp32", "mapping": "*i32"} if window else {}
     constants = {
+        "WINDOW": window,
+        "FRESH": False,
+        "LAST": tiles.last,
         "D": head_dim,
         "BLOCK_D": next_power_of_2(head_dim),
         "REPEAT": repeat,

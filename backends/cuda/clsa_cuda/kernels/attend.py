@@ -31,21 +31,22 @@ def _merge(
     partial,  # of the first of the rows
     sums,
     out,
-    mask,
     splits,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
     """Write the heads of one tile from the results of all splits, in their order."""
+    BLOCK_H: tl.constexpr = triton.next_power_of_2(HEADS)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
+    there = h < HEADS
+    mask = there[:, None] & (d < D)[None, :]
     tile = h[:, None] * splits * D + d[None, :]
-    there = tl.max(mask.to(tl.int32), axis=1) != 0
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    UNROLL: tl.constexpr = 4  # so many loads in flight
+    UNROLL: tl.constexpr = 8 if BLOCK_H * BLOCK_D <= 1024 else 4  # so many splits' loads in flight
     for start in range(0, splits, UNROLL):
         for j in tl.static_range(UNROLL):
             i = start + j
@@ -102,24 +103,39 @@ def _rows_of_block(
 
 
 @triton.jit
-def _normed_and_turned(heads, mask, norm, frequencies, position, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """QK norm and rotary positions of a tile of heads, one pointer each [BLOCK_H, 1] -> [BLOCK_H, BLOCK_D]."""
+def _normed_and_turned(heads, mask, w_x, w_y, sine, cosine, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """QK norm and rotary positions of a tile of heads, one pointer each [BLOCK_H, 1] -> [BLOCK_H, BLOCK_D].
+
+    Norm weights, sines and cosines [1, BLOCK_D]; w_y is that of a dimension's partner.
+    """
     d = tl.arange(0, BLOCK_D)
     partner = (d + D // 2) % D  # what d is turned with
     x = tl.load(heads + d[None, :], mask=mask, other=0.0)
     y = tl.load(heads + partner[None, :], mask=mask, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
-    there = d < D
-    w_x = tl.load(norm + d, mask=there, other=0.0).to(tl.float32)[None, :]
-    w_y = tl.load(norm + partner, mask=there, other=0.0).to(tl.float32)[None, :]
     # Rounded between norm and rotation, as the two plain ops do.
     wide = (wide * scale * w_x).to(x.dtype).to(tl.float32)
     y = (y * scale * w_y).to(x.dtype).to(tl.float32)
-    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=there, other=0.0)
+    return (wide * cosine + y * sine).to(x.dtype)
+
+
+@triton.jit
+def _norm_weights(norm, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of each dimension and of its partner, [1, BLOCK_D] float32 each."""
+    d = tl.arange(0, BLOCK_D)
+    w_x = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+    w_y = tl.load(norm + (d + D // 2) % D, mask=d < D, other=0.0).to(tl.float32)
+    return w_x[None, :], w_y[None, :]
+
+
+@triton.jit
+def _turn(frequencies, position, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sines, with the sign that the partner takes, and cosines of a position: [1, BLOCK_D] float32 each."""
+    d = tl.arange(0, BLOCK_D)
+    angle = position.to(tl.float32) * tl.load(frequencies + d % (D // 2), mask=d < D, other=0.0)
     sine, cosine = sine_and_cosine(angle)
-    sine = tl.where(d < D // 2, -sine, sine)
-    return (wide * cosine[None, :] + y * sine[None, :]).to(x.dtype)
+    return tl.where(d < D // 2, -sine, sine)[None, :], cosine[None, :]
 
 
 @triton.jit
@@ -177,6 +193,7 @@ def _attend_kernel(
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,  # "ring" only: q and own_k are projections; norm, turn, and write the token to the ring
     FRESH: tl.constexpr,  # whether more than q and the own tokens may have been made by the kernel in front
+    LAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program (t * PARTS + part, split): see above."""
@@ -203,7 +220,8 @@ def _attend_kernel(
             count = tl.minimum(tl.maximum(position, 0), SIZE - 1)
             base = tl.load(rows + t).to(tl.int64) * SIZE
     num_blocks = tl.cdiv(count, BLOCK_N)
-    per_split = tl.cdiv(num_blocks, splits)
+    # The query's own token is turned as the query is, which takes as long as some blocks of keys: the last program's.
+    per_split = tl.cdiv(num_blocks, splits - 1 if SOURCE == "ring" and SPLIT else splits)
     first = split * per_split
     stop = tl.minimum(first + per_split, num_blocks)
     COLUMNS: tl.constexpr = BLOCK_N * PACK
@@ -216,6 +234,11 @@ def _attend_kernel(
     seen_first = seen & (first < stop)
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    q_weights, q_partners, k_weights, k_partners, sine, cosine = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    if WINDOW:
+        q_weights, q_partners = _norm_weights(q_norm, D, BLOCK_D)
+        k_weights, k_partners = _norm_weights(k_norm, D, BLOCK_D)
+        sine, cosine = _turn(frequencies, position, D, BLOCK_D)
     if not FRESH:
         wait(OVERLAP)
 
@@ -224,19 +247,19 @@ def _attend_kernel(
     q_mask = (h < PACK * REPEAT)[:, None] & d_mask
     heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D
     if WINDOW:
-        q_tile = _normed_and_turned(heads, q_mask, q_norm, frequencies, position, eps, D, BLOCK_D)
+        q_tile = _normed_and_turned(heads, q_mask, q_weights, q_partners, sine, cosine, eps, D, BLOCK_D)
     else:
         q_tile = tl.load(heads + d[None, :], mask=q_mask, other=0.0)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
-        if (split == 0) & (position >= 0):
+        if (split == tl.num_programs(1) - 1) & (position >= 0):
             own_place = (g + h // REPEAT)[:, None] * D + d[None, :]
             mine_v = tl.load(own_v + t * own_v_stride + own_place, mask=q_mask, other=0.0)
             if WINDOW:
                 heads = own_k + t * own_k_stride + (g + h // REPEAT)[:, None] * D
-                mine_k = _normed_and_turned(heads, q_mask, k_norm, frequencies, position, eps, D, BLOCK_D)
+                mine_k = _normed_and_turned(heads, q_mask, k_weights, k_partners, sine, cosine, eps, D, BLOCK_D)
                 to = tl.load(mapping + t).to(tl.int64)
                 # Nobody reads this row now: it held position p - W, or nothing.
                 first_of_its_head = q_mask & (h % REPEAT == 0)[:, None] & (to >= 0)
@@ -249,6 +272,11 @@ def _attend_kernel(
             acc += mine_v.to(tl.float32)
 
     together = (own[None, :] == (h // REPEAT)[:, None]) if PACK > 1 else (h >= 0)[:, None]
+    if not LAST:
+        k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
+        acc, total, highest = _attend_to(
+            q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
+        )
     for block in tl.range(first + 1, stop, num_stages=STAGES):
         row, seen = _rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
         mask = seen[:, None]
@@ -257,10 +285,11 @@ def _attend_kernel(
         k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
         acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :] & together, scale, acc, total, highest)
-    k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
-    acc, total, highest = _attend_to(
-        q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
-    )
+    if LAST:
+        k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
+        acc, total, highest = _attend_to(
+            q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
+        )
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if not SPLIT:
@@ -271,7 +300,7 @@ def _attend_kernel(
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            _merge(partial + at * D, sums + at, out + first_head * D, q_mask, splits, D, BLOCK_D, BLOCK_H)
+            _merge(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D)
             tl.store(arrived + tl.program_id(0), 0)
 
 
@@ -295,9 +324,13 @@ def attend_rows(
     sequence: Tensor | None,
     tiles: AttentionTiles,
     arrival: Arrival | None = None,
-    fresh: bool = False,
+    fresh: bool = True,
 ) -> Tensor:
-    """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D]."""
+    """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D].
+
+    `fresh` False promises that the launch in front made q and `own` at most and waited for whatever made the rest. Then
+    the first keys are read before that launch has ended.
+    """
     num_queries, num_heads, head_dim = q.shape
     kv_heads = kv[0].shape[1]
     out = torch.empty(num_queries, num_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -310,14 +343,15 @@ def attend_rows(
     assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
     assert rows.stride(-1) == 1 and lengths.is_contiguous()
     assert kv_heads % tiles.pack == 0
+    splits = tiles.splits + (source == "ring" and tiles.splits > 1)  # and one for the own token
     pairs = num_queries * kv_heads // tiles.pack
-    assert tiles.splits == 1 or pairs <= MAX_ARRIVALS
-    scratch = (num_queries, num_heads, tiles.splits if tiles.splits > 1 else 0)
+    assert splits == 1 or pairs <= MAX_ARRIVALS
+    scratch = (num_queries, num_heads, splits if splits > 1 else 0)
     partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
     repeat = num_heads // kv_heads
     device = limits(q.device)
-    _attend_kernel[pairs, tiles.splits](
+    _attend_kernel[pairs, splits](
         q,
         *kv,
         *own,
@@ -338,7 +372,7 @@ def attend_rows(
         rows.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
         arrival.norms.eps if arrival else 0.0,
-        tiles.splits,
+        splits,
         D=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         REPEAT=repeat,
@@ -346,12 +380,13 @@ def attend_rows(
         PARTS=kv_heads // tiles.pack,
         BLOCK_H=max(16, next_power_of_2(tiles.pack * repeat)),
         BLOCK_N=tiles.block_n,
-        SPLIT=tiles.splits > 1,
+        SPLIT=splits > 1,
         SOURCE=source,
         SIZE=size,
         STAGES=tiles.num_stages,
         WINDOW=arrival is not None,
         FRESH=fresh,
+        LAST=tiles.last,
         OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
         **launch_options(device),

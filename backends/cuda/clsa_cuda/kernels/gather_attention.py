@@ -19,7 +19,7 @@ def gather_attention(
 ) -> Tensor:
     """`Ops.gather_attention`; `tiles` is for measuring others. Rows lie before the first -1.
 
-    `fresh` False promises that the selection was not made by the last launch, so its rows may be read ahead of it.
+    `fresh` False promises that the last launch made nothing but `q` of this: see `attend_rows`.
     """
     k = selection.rows.shape[1]
     tiles = tiles or _tiles(q, memory.k, k)

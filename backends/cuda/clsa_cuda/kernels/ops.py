@@ -27,9 +27,13 @@ class KernelOps(TorchOps):
     """Which op runs as a kernel follows from the kind of step alone, never from what the step holds.
 
     The plain torch ops remain for a selection of blocks, and for an index_topk above `MAX_SELECTED`.
+
+    An attention may read its first keys before the launch in front of it has ended, but nothing that this launch or
+    work outside of this class may just have made (see `overlap`). Behind `norm_linears`, which waited for all of that,
+    only the queries are new.
     """
 
-    _selected: Tensor | None = None  # rows of a selection that may be what the last launch made
+    _settled = False  # whether nothing but activations was made since the last `norm_linears`
 
     linear = staticmethod(linear)
     linears = staticmethod(linears)
@@ -38,29 +42,37 @@ class KernelOps(TorchOps):
     rms_norm = staticmethod(rms_norm)
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
-    write_memory = staticmethod(write_memory)
-    write_window = staticmethod(write_window)
 
     def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
-        self._selected = None
-        return norm_linears(x, norm, eps, weights)
+        projected = norm_linears(x, norm, eps, weights)
+        self._settled = True
+        return projected
+
+    def write_memory(self, memory: Memory, k: Tensor, v: Tensor, k_idx: Tensor | None, slot_mapping: Tensor) -> Memory:
+        self._settled = False
+        return write_memory(memory, k, v, k_idx, slot_mapping)
+
+    def write_window(self, window: Window, k: Tensor, v: Tensor, ring_mapping: Tensor) -> Window:
+        self._settled = False
+        return write_window(window, k, v, ring_mapping)
 
     def select(self, q_idx: Tensor, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
-        if block_size > 1 or k > MAX_SELECTED:
-            return TorchOps.select(q_idx, memory, queries, k, block_size)
-        selection = select(q_idx, memory, queries, k, block_size)
-        self._selected = selection.rows
-        return selection
+        self._settled = False
+        run = TorchOps.select if block_size > 1 or k > MAX_SELECTED else select
+        return run(q_idx, memory, queries, k, block_size)
 
     def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
-        return gather_attention(q, memory, selection, fresh=selection.rows is self._selected)
+        return gather_attention(q, memory, selection, fresh=self._left_fresh())
 
     def dense_attention(self, q: Tensor, memory: Memory, queries: Queries) -> Tensor:
-        return (causal_prefill if asks_many(queries) else dense_attention)(q, memory, queries)
+        if asks_many(queries):
+            return causal_prefill(q, memory, queries)
+        return dense_attention(q, memory, queries, fresh=self._left_fresh())
 
     def sliding_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window, queries: Queries) -> Tensor:
-        run = sliding_attention if queries.one_each else sliding_prefill
-        return run(q, k, v, window, queries)
+        if not queries.one_each:
+            return sliding_prefill(q, k, v, window, queries)
+        return sliding_attention(q, k, v, window, queries, fresh=self._left_fresh())
 
     def attend_window(
         self,
@@ -72,8 +84,14 @@ class KernelOps(TorchOps):
         queries: Queries,
         ring_mapping: Tensor,
     ) -> tuple[Tensor, Window]:
-        run = attend_window if queries.one_each else super().attend_window
-        return run(q, k, v, norms, window, queries, ring_mapping)
+        if not queries.one_each:
+            return super().attend_window(q, k, v, norms, window, queries, ring_mapping)
+        return attend_window(q, k, v, norms, window, queries, ring_mapping, fresh=self._left_fresh())
+
+    def _left_fresh(self) -> bool:
+        """Whether an attention must not read ahead. The next one must not either, unless `norm_linears` comes first."""
+        fresh, self._settled = not self._settled, False
+        return fresh
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> Sampled:
         if sampling.all_greedy and sampling.penalty_tokens is None and sampling.num_logprobs is None:

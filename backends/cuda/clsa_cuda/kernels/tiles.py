@@ -102,41 +102,54 @@ def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> Se
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """Of one decode attention: keys per block, programs per (query, KV head), warps and pipeline depth."""
+    """Of one decode attention: keys per block, programs per (query, KV head), warps and pipeline depth.
+
+    The keys that a program reads first may wait in registers until all others were used (`last`), so that nothing waits
+    for them; where a program reads many blocks, they would only be in the way of other programs.
+    """
 
     block_n: int
     splits: int
     num_warps: int
     num_stages: int
     pack: int = 1  # KV heads of a program
+    last: bool = True
 
 
 def attention_tiles(
     num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
 ) -> AttentionTiles:
-    """Blocks that leave room for two programs per multiprocessor; splits that give each of them work.
+    """Splits that give each multiprocessor work, blocks of which a few are on their way.
 
-    Measured on an H200 (docs/log.md): of a ring or a selection most programs read one or two blocks, the first of them
-    ahead of the queries; a long memory streams best in small blocks with many stages.
+    Measured on an H200 (docs/log.md): of a ring or a selection most programs read one block or a few, the first of them
+    ahead of the queries; a long memory streams best with one program a multiprocessor.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
-    block_n, stages, least = 64, 3, 1
-    wanted = 2 * device.sm_count // pairs
-    if max_keys <= 1024:
-        block_n, stages, wanted = 128, 2, device.sm_count // (2 * pairs)
+    ring = max_keys <= 1024
+    block_n, buffers, wanted = 64, 1, 4 * device.sm_count // pairs
+    if ring:
+        block_n, wanted = 128, device.sm_count // (2 * pairs)
     elif pairs * (max_keys // 128) <= device.sm_count:
-        block_n, stages, wanted = 128, 2, max_keys // 128  # a block each
+        block_n, wanted = 128, max_keys // 128  # a block each
     elif max_keys > 2 * MAX_SELECTED and 2 * pairs >= device.sm_count:
-        block_n, stages, wanted = 32, 5, -(-2 * device.sm_count // pairs)
+        block_n, buffers, wanted = 32, 2, -(-2 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED:
-        least = 2  # or the merge costs more than it gains
-        wanted = next_power_of_2(-(-4 * device.sm_count // pairs))
-    while block_n > 16 and stages * block_n * row_bytes > device.shared_memory * 3 // 5:
+        buffers, wanted = 3, device.sm_count // pairs
+    elif 2 * pairs < device.sm_count:
+        wanted = 2 * device.sm_count // pairs
+    room = device.shared_memory * 3 // 5  # one buffer is that of the first block
+    while block_n > 16 and (buffers + 1) * block_n * row_bytes > room:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
-    while stages > 2 and stages * block_n * row_bytes > device.shared_memory // 2:
-        stages -= 1
-    splits = max(1, min(wanted, MAX_SPLITS, max_keys // (least * block_n)))
-    return AttentionTiles(block_n=block_n, splits=splits, num_warps=8 if block_n == 128 else 4, num_stages=stages)
+    buffers = max(1, min(buffers, room // (block_n * row_bytes) - 1))
+    splits = max(1, min(wanted, MAX_SPLITS, max_keys // block_n))
+    return AttentionTiles(
+        block_n=block_n,
+        splits=splits,
+        num_warps=8 if block_n == 128 else 4,
+        # Of rows that are found by a number, the numbers take as many stages as the rows.
+        num_stages=buffers + 1 if ring else 2 * buffers + 1,
+        last=max_keys <= 4 * block_n * splits,
+    )
