@@ -36,7 +36,7 @@ def choices(rows: int) -> dict[str, Tiles]:
     device = limits(layers.DEVICE)
     half = replace(device, sm_count=2 * device.sm_count, shared_memory=device.shared_memory // 2 - 1024)
 
-    def by_the_rule(part: Limits = device, block_k: int = 128, max_rows: int = 128) -> Tiles:
+    def by_the_rule(part: Limits = device, block_k: int = 128, max_rows: int = 64) -> Tiles:
         return {name: float8_tiles(rows, *shape, part, block_k, max_rows) for name, shape in SHAPES.items()}
 
     default = by_the_rule()
@@ -55,9 +55,9 @@ def choices(rows: int) -> dict[str, Tiles]:
         "K of 256": changed(longer, "qkv"),
         "K of 256 in gate and up": changed(longer, "qkv", "output", "down"),
         "K of 64": by_the_rule(block_k=64),
-        "fewer parts": by_the_rule(max_rows=80) | {"gate": default["gate"]},
-        "64 rows": by_the_rule(max_rows=64) | {"gate": default["gate"]},
-        "64 rows, two programs": by_the_rule(half, max_rows=64),
+        "80 rows": by_the_rule(max_rows=80) | {"gate": default["gate"]},
+        "128 rows": by_the_rule(max_rows=128) | {"gate": default["gate"]},
+        "two programs": by_the_rule(half),
     }
 
 

@@ -143,7 +143,6 @@ def step_lines(steps: Steps) -> list[str]:
         lines.append(_step_row(f"CLSA, batch {row['batch']}, in fp8: {row['fp8'].replace('+', ', ')}", row))
     for plan, name in (("yoco", "YOCO dense"), ("transformer", "Transformer")):
         lines.append(_step_row(f"{name}, batch 1", steps[plan, 131072, 1]))
-    lines.append(_step_row("YOCO dense, batch 32", steps["yoco", 131072, 32]))
     lines += [
         "",
         "All plans in one engine, batch 32 (`clsa bench paper`; end to end by its formula, with 8 % of the context as answer; a decode layer's share of the",

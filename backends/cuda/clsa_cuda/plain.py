@@ -37,7 +37,8 @@ def to_float8(x: Tensor) -> Tensor:
 
 def float8_weight(weight: Tensor) -> Float8Weight:
     wide = weight.float()
-    scales = wide.abs().amax(1) / MAX_FLOAT8
+    largest = wide.abs().amax(1)
+    scales = largest / torch.full_like(largest, MAX_FLOAT8)  # by a number, a GPU would multiply with its inverse
     scales = torch.where(scales == 0, 1.0, scales)
     return Float8Weight(to_float8(wide / scales[:, None]), scales)
 
