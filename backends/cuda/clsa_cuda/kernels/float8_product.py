@@ -32,7 +32,7 @@ def float8_tiles(
 ) -> ProductTiles:
     """A tile of up to `max_rows` outputs for every multiprocessor, four warps for each 64 rows of weights.
 
-    One group of four warps makes 16-bit weights hardly faster than they come; two hide each other's waits.
+    K is in so many parts that few rows of a tile stay empty: those cost as many instructions as the others.
     """
     block_k = min(block_k, max(32, next_power_of_2(in_size)))
     parts = 2 if swiglu else 1
