@@ -57,8 +57,11 @@ class Graph:
 
     def __init__(self) -> None:
         self.works: list[Work] = []
+        self.made: list[Tensor] = []  # in the pool that graphs share: free for those that are recorded later
 
     def replay(self) -> None:
+        others = [x for graph in self.gpu.graphs if graph is not self for x in graph.made]
+        self.gpu.queue(lambda: [x.fill_(-1 - x.numel()) for x in others])
         for work in self.works:
             self.gpu.queue(work)
 
@@ -67,16 +70,20 @@ class Graph:
 
 
 class FakeCuda:
-    """Stands in for `torch.cuda`, `Tensor.copy_`, `torch.add(out=)` and pinned memory. Memory is never given away."""
+    """Stands in for `torch.cuda`, `Tensor.copy_`, `torch.add(out=)` and pinned memory.
+
+    What `torch.zeros` makes in a recording lies where other recordings have their own, and each replay writes over it.
+    Other memory is never given away.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch, seed: int) -> None:
         self._random = random.Random(seed)
         self.main = self.current = Stream()
         self._streams, self._weights = [self.main], [self._weight()]
         self._capturing: Graph | None = None
-        self.captures = 0
+        self.graphs: list[Graph] = []
         self.is_late = False  # nothing runs before somebody waits for it
-        copy, add = Tensor.copy_, torch.add
+        copy, add, zeros = Tensor.copy_, torch.add, torch.zeros
         from clsa_cuda import transfer
 
         patch.setattr(transfer, "_streams", {})
@@ -86,6 +93,13 @@ class FakeCuda:
             self.queue(lambda: copy(to, x))
             return to
 
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            new = zeros(*args, **kwargs)
+            if self._capturing is not None:
+                self._capturing.made.append(new)
+            return new
+
+        patch.setattr(torch, "zeros", made)
         patch.setattr(Tensor, "copy_", copied)
         patch.setattr(Tensor, "record_stream", lambda x, stream: None)
         patch.setattr(torch, "add", lambda x, y, out: self.queue(lambda: add(x, y, out=out)))
@@ -146,7 +160,7 @@ class FakeCuda:
     @contextmanager
     def _graph(self, graph: Graph, pool: Any, stream: Stream, *, capture_error_mode: str) -> Iterator[None]:
         """Where recording fails, torch leaves its stream behind."""
-        self.captures += 1
+        self.graphs.append(graph)
         self.current, before, self._capturing = stream, self.current, graph
         try:
             yield

@@ -54,7 +54,7 @@ def _without_a_gpu(patch: pytest.MonkeyPatch) -> list[Recorder]:
         made.append(Recorder(compute, CPU))
         return made[-1]
 
-    def capture(self: Recorder, recording: Any, state: State) -> None:
+    def capture(self: Recorder, recording: Any, kinds: Any, state: State) -> None:
         def run() -> Any:
             return self._compute(recording.inputs, self._previous, state)[0]
 

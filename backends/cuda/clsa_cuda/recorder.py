@@ -2,6 +2,7 @@
 
 Between two graphs the device should find nothing else to do. So each shape of step has two recordings, which take
 turns and have buffers of their own: while one runs, the inputs of the other are copied, and what that sampled is read.
+All recordings compute in the same memory, one after the other. What is read while the next one runs lies elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from clsa_cuda.transfer import Layout, fill, streams
 
 _MAX_ROWS = 4096  # sequences of a step, as EngineConfig bounds them
 _one_capture = threading.Lock()  # torch allows no second one in a process
+_Kind = tuple[torch.Size, torch.dtype]
 
 
 class _Recording:
@@ -31,7 +33,7 @@ class _Recording:
         views = dict(zip(map(id, arrays), layout.views(self.buffer), strict=True))
         self.inputs = map_arrays(inputs, lambda x: views[id(x)])
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.sampled: Sampled | None = None  # written by each replay
+        self.sampled: Sampled | None = None  # written by each replay, outside of the memory that graphs share
         self.copied = torch.cuda.Event()  # the newest inputs are in `buffer`
         self.done = torch.cuda.Event()  # the newest step here no longer reads `buffer`
         self.fetched = torch.cuda.Event()  # what `sampled` held was read by those who asked for it
@@ -48,7 +50,7 @@ class Recorder:
     def __init__(self, compute: Compute, device: torch.device) -> None:
         self._compute, self._device = compute, device
         self._graphs: dict[tuple[Any, int], _Recording] = {}  # by shape and turn
-        self._compiled: set[Any] = set()  # shapes that have run
+        self._compiled: dict[Any, list[_Kind | None]] = {}  # shapes of step that have run, and what they sampled
         self._turn = 0
         self._pool: Any = None
         self._previous = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
@@ -73,9 +75,9 @@ class Recorder:
             if recording.graph is None:
                 if shape not in self._compiled:
                     sampled, state = self._compute(recording.inputs, self._previous, state)
-                    self._compiled.add(shape)
+                    self._compiled[shape] = [None if x is None else (x.shape, x.dtype) for x in _fields(sampled)]
                     return sampled, state
-                self._record(recording, state)
+                self._record(recording, self._compiled[shape], state)
             self._replay(recording)
         finally:
             recording.done.record()
@@ -92,9 +94,10 @@ class Recorder:
             recording.copied.record(inward)
         torch.cuda.current_stream().wait_event(recording.copied)
 
-    def _record(self, recording: _Recording, state: State) -> None:
+    def _record(self, recording: _Recording, kinds: list[_Kind | None], state: State) -> None:
         """Recording computes nothing; the state is written in place, so its addresses are good for every replay."""
         graph, capture = torch.cuda.CUDAGraph(), streams(self._device).capture
+        results = [None if kind is None else torch.empty(kind[0], dtype=kind[1], device=self._device) for kind in kinds]
         # The inner context leaves its stream behind where a capture fails; the outer one puts the current one back.
         # Other threads may allocate and wait meanwhile, only this one may not.
         with (
@@ -103,11 +106,14 @@ class Recorder:
             torch.cuda.graph(graph, self._pool, capture, capture_error_mode="thread_local"),
         ):
             sampled, _ = self._compute(recording.inputs, self._previous, state)
+            for x, result in zip(_fields(sampled), results, strict=True):
+                if x is not None:
+                    torch.add(x, 0, out=result)  # a kernel: a copy would become two nodes
             if sampled is not None:
-                # A kernel: a copy would become two nodes. Whatever reads `_previous` in this step comes before it.
+                # Whatever reads `_previous` in this step comes before it.
                 torch.add(sampled.tokens, 0, out=self._previous[: len(sampled.tokens)])
         self._pool = self._pool or graph.pool()
-        recording.graph, recording.sampled = graph, sampled
+        recording.graph, recording.sampled = graph, Sampled(*results) if results else None
 
     def _replay(self, recording: _Recording) -> None:
         assert recording.graph is not None
@@ -115,6 +121,10 @@ class Recorder:
         recording.graph.replay()
         self._replayed = recording
         self._in_previous = None if recording.sampled is None else recording.sampled.tokens
+
+
+def _fields(sampled: Sampled | None) -> list[Tensor | None]:
+    return [] if sampled is None else [sampled.tokens, sampled.logprobs, sampled.top_tokens, sampled.top_logprobs]
 
 
 def _flattened(inputs: StepInputs) -> tuple[Any, list[np.ndarray]]:
