@@ -197,11 +197,10 @@ def test_sliding_attention(
             o.asarray(own[1]),
             filled_window(o, ring[0], ring[1], size, dtype),
             step.queries(o),
-            *more,
         )
-        for o, attention, more in (
-            (ops, sliding_attention, [tiles(splits)]),
-            (spec, spec.sliding_attention, []),
+        for o, attention in (
+            (ops, functools.partial(sliding_attention, tiles=tiles(splits))),
+            (spec, spec.sliding_attention),
         )
     )
     result = host(ops, got, dtype)

@@ -119,37 +119,40 @@ class AttentionTiles:
 def attention_tiles(
     num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
 ) -> AttentionTiles:
-    """Splits that give each multiprocessor work, blocks of which a few are on their way.
+    """Programs that fill the multiprocessors at once, each with a few blocks of keys on their way.
 
-    Measured on an H200 (docs/log.md): of a ring or a selection most programs read one block or a few, the first of them
-    ahead of the queries; a long memory streams best with one program a multiprocessor.
+    Measured on an H200 (docs/log.md). The registers decide how many programs a multiprocessor takes: of blocks of 128
+    one, of 64 two, or four if the first keys do not wait, of 32 three. There should be as many of them as fit: programs
+    that start while the kernel in front still ends pile up where it ends first.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
-    block_n, buffers, wanted = 64, 1, 4 * device.sm_count // pairs
+    block_n, buffers, last = 64, 1, True
     if ring:
         block_n, wanted = 128, device.sm_count // (2 * pairs)
     elif pairs * (max_keys // 128) <= device.sm_count:
         block_n, wanted = 128, max_keys // 128  # a block each
-    elif max_keys > 2 * MAX_SELECTED and 2 * pairs >= device.sm_count:
-        block_n, buffers, wanted = 32, 2, -(-2 * device.sm_count // pairs)
     elif max_keys > 2 * MAX_SELECTED:
-        buffers, wanted = 3, device.sm_count // pairs
+        wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
+        if 2 * three >= 3 * wanted:  # fills its places as well
+            block_n, wanted = 32, three
+        buffers = 2
     elif 2 * pairs < device.sm_count:
         wanted = 2 * device.sm_count // pairs
+    else:
+        wanted, last = 4 * device.sm_count // pairs, False
     room = device.shared_memory * 3 // 5  # one buffer is that of the first block
     while block_n > 16 and (buffers + 1) * block_n * row_bytes > room:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
     buffers = max(1, min(buffers, room // (block_n * row_bytes) - 1))
-    splits = max(1, min(wanted, MAX_SPLITS, max_keys // block_n))
     return AttentionTiles(
         block_n=block_n,
-        splits=splits,
+        splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
         num_warps=8 if block_n == 128 else 4,
         # Of rows that are found by a number, the numbers take as many stages as the rows.
         num_stages=buffers + 1 if ring else 2 * buffers + 1,
-        last=max_keys <= 4 * block_n * splits,
+        last=last,
     )
