@@ -115,6 +115,28 @@ def test_on_a_gpu(ahead: int) -> None:
 
 
 @pytest.mark.cuda
+def test_samples_can_be_read_while_later_steps_run() -> None:
+    """Recordings share memory: what one computes with may lie where an earlier one sampled."""
+    run, outward = gpu_run("cuda:0", 5), transfer.streams(torch.device("cuda:0")).outward
+    recorder: Any = run.recorder
+    compute = recorder._compute
+
+    def with_scratch(*args: Any) -> Any:
+        scratch = [torch.full((64,), -7, dtype=torch.int32, device="cuda:0") for _ in range(64)]
+        del scratch
+        return compute(*args)
+
+    def with_late_copies(*args: Any) -> Any:
+        result = recorder(*args)
+        with torch.cuda.stream(outward):
+            torch.cuda._sleep(2_000_000)
+        return result
+
+    recorder._compute, run.recorder = with_scratch, with_late_copies  # type: ignore[assignment]
+    run.steps(40, [(3, 2), (3, 7)], 3)
+
+
+@pytest.mark.cuda
 def test_steps_take_no_memory() -> None:
     run = gpu_run("cuda:0", 3)
     run.steps(5, [(3, 2)], 1)
