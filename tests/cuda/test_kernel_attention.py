@@ -271,3 +271,14 @@ def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
         assert blocks * chosen.block_n * 2 * padded_dim * itemsize <= shared_memory
         assert 1 <= chosen.splits <= MAX_SPLITS and chosen.block_n in (16, 32, 64, 128)
         assert chosen.splits == 1 or num_queries * 4 <= 1 << 16
+
+
+@pytest.mark.parametrize("max_keys", [2048, 1 << 17])
+def test_programs_find_a_place_at_once(max_keys: int) -> None:
+    """As many as the registers of a multiprocessor allow, or they pile up on the first that is free."""
+    for num_queries in range(1, 66):
+        t = attention_tiles(num_queries, 4, max_keys, 128, 2, Limits(132, 227 << 10))
+        places = 132 * {128: 1, 64: 2 if t.last else 4, 32: 3}[t.block_n]
+        programs = num_queries * 4 * t.splits
+        assert programs <= places or t.splits == 1
+        assert programs >= 0.67 * places or t.block_n == 128, (num_queries, t)
