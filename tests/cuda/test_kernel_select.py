@@ -102,7 +102,7 @@ def test_all_tile_sizes(
 ) -> None:
     """Maxima, slices and lists larger than the tiles they go in, and smaller: the same selection."""
     rng = np.random.default_rng(2)
-    step = layout(rng, [Chunk(n - 1, 1) for n in (1500, 333, 5)])
+    step = layout(rng, [Chunk(n - 1, 1) for n in (800, 333, 5)])
     k_idx = rounded(rng.integers(0, values, (step.num_rows, 1)), "float32")
     tiles = dataclasses.replace(
         LISTS, group=group, search_tile=search_tile, chosen_tile=chosen_tile, pick_splits=pick_splits

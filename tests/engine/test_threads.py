@@ -182,6 +182,10 @@ def test_a_turn_goes_to_those_that_wait() -> None:
     assert all(len(set(turns[i : i + 3])) == 3 for i in range(all_came, some_left - 2)), "not one after the other"
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is not signal.default_int_handler,
+    reason="SIGINT is ignored here, as in background jobs",
+)
 def test_ctrl_c_while_waiting_leaves_the_queue() -> None:
     shared = SharedEngine(models.engine(open_ops("numpy")))
     main = threading.main_thread().ident
