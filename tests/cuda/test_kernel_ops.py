@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,33 @@ def test_a_whole_step(kernel_ops: Ops, name: str) -> None:
         assert_equal("select", got, want, name)
     for op, got, want in zip(("gather_attention", "dense_attention", "sliding_attention"), *(r[1:] for r in results)):
         assert_close(op, "float32", got, want, name)
+
+
+def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention reads its first keys early only where `norm_linears` came last."""
+    from clsa_cuda.kernels import ops as module
+
+    fresh: list[bool] = []
+    monkeypatch.setattr(module, "dense_attention", lambda *args, **kwargs: fresh.append(kwargs["fresh"]))
+    ops: Any = KernelOps(DEVICE)
+    step = layout(np.random.default_rng(0), [Chunk(70, 1)])
+    queries, x = step.queries(ops), ops.asarray(np.ones((1, 8), np.float32))
+    weight, rows = ops.asarray(np.ones((8, 8), np.float32)), ops.asarray(np.zeros(1, np.int32))
+    zeros = np.zeros((step.num_rows, 1, 8), np.float32)
+    memory = filled_memory(ops, zeros, zeros, None, "float32")
+    makers: dict[str, Any] = {
+        "norm_linears": lambda: ops.norm_linears(x, weight[0], 1e-6, (weight,)),
+        "write_memory": lambda: ops.write_memory(memory, x[:, None], x[:, None], None, rows - 1),
+        "embed": lambda: ops.embed(weight, rows),
+        "attention": lambda: None,
+    }
+    for second in makers:
+        makers["norm_linears"]()
+        makers[second]()
+        ops.dense_attention(x[:, None], memory, queries)
+        if second == "attention":
+            ops.dense_attention(x[:, None], memory, queries)
+    assert fresh == [False, True, True, False, True]
 
 
 def test_a_large_selection(kernel_ops: Ops) -> None:

@@ -43,6 +43,10 @@ class KernelOps(TorchOps):
     norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
 
+    def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
+        self._settled = False  # a step begins, and its caller may have made anything
+        return TorchOps.embed(weight, tokens)
+
     def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
         projected = norm_linears(x, norm, eps, weights)
         self._settled = True
@@ -94,6 +98,7 @@ class KernelOps(TorchOps):
         return fresh
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> Sampled:
+        self._settled = False
         if sampling.all_greedy and sampling.penalty_tokens is None and sampling.num_logprobs is None:
             return Sampled(greedy(logits), None, None, None)
         return TorchOps.sample(logits, sampling)
