@@ -52,8 +52,8 @@ def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State
             if not layer.writes_memory:
                 rows = rows.narrow(ops, batch)
     head = params["embed_tokens"] if plan.config.tie_word_embeddings else params["lm_head"]
-    (logits,) = ops.norm_linears(rows.x, params["norm"], plan.config.rms_norm_eps, (head,))
-    return ops.cast(logits, "float32"), State(tuple(memories), tuple(windows))
+    (logits,) = ops.norm_linears(rows.x, params["norm"], plan.config.rms_norm_eps, (head,), "float32")
+    return logits, State(tuple(memories), tuple(windows))
 
 
 def _sliding_layer(

@@ -294,8 +294,13 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
         ...
 
-    def norm_linears(self, x: Array, norm: Array, eps: float, weights: Sequence[Weight]) -> tuple[Array, ...]:
-        """How a block reads the residual stream: `linears` of `rms_norm(x, norm, eps)`."""
+    def norm_linears(
+        self, x: Array, norm: Array, eps: float, weights: Sequence[Weight], dtype: str | None = None
+    ) -> tuple[Array, ...]:
+        """How a block reads the residual stream: `linears` of `rms_norm(x, norm, eps)`, in `dtype` or x's.
+
+        With a wider `dtype` a backend may skip the rounding to x's.
+        """
         ...
 
     def norm_swiglu(self, x: Array, norm: Array, eps: float, gate: Weight, up: Weight) -> Array:

@@ -140,8 +140,11 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def norm_linears(x: Array, norm: Array, eps: float, weights: Sequence[Weight]) -> tuple[Array, ...]:
-    return linears(rms_norm(x, norm, eps), weights)
+def norm_linears(
+    x: Array, norm: Array, eps: float, weights: Sequence[Weight], dtype: str | None = None
+) -> tuple[Array, ...]:
+    projected = linears(rms_norm(x, norm, eps), weights)
+    return projected if dtype is None else tuple(cast(y, dtype) for y in projected)
 
 
 def norm_swiglu(x: Array, norm: Array, eps: float, gate: Weight, up: Weight) -> Array:

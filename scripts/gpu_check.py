@@ -1,6 +1,7 @@
 """Check the CUDA kernels at real sizes, then time what is right: one table and one JSON file, in three minutes.
 
     PYTHONPATH=.:backends/cuda python3 scripts/gpu_check.py --out result.json [--tune] [--seconds 170]
+        [--only gather,sliding]
 
 Checks run side by side in processes of their own, so that a kernel that fails, hangs or breaks its context takes
 nothing else with it. A kernel whose check failed is not timed. `--tune` times other tile sizes too. The exit code is 0
@@ -50,11 +51,12 @@ def parent(args: argparse.Namespace) -> int:
     deadline = begin + args.seconds
     folder = Path(tempfile.mkdtemp())
     extra = ["--tune"] if args.tune else []
-    jobs = {name: ["--worker", f"check:{name}", "--out", str(folder / f"{name}.json")] for name in CHECKS}
+    only = args.only.split(",")
+    jobs = {name: ["--worker", f"check:{name}", "--out", str(folder / f"{name}.json")] for name in only}
     jobs |= {f"compile{i}": ["--worker", f"compile:{i}", *extra] for i in range(COMPILERS)}
     ends = wait({name: run(job, folder / f"{name}.log") for name, job in jobs.items()}, begin + 0.55 * args.seconds)
     checks: dict[str, Any] = {}
-    for name in CHECKS:
+    for name in only:
         path = folder / f"{name}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         checks |= found
@@ -62,7 +64,7 @@ def parent(args: argparse.Namespace) -> int:
             checks[f"{name}: process"] = f"{ends[name]}: {tail(folder / f'{name}.log')}"
     checked = time.monotonic() - begin
     failed = {name: text for name, text in checks.items() if text != "ok"}
-    bad = sorted({name.split()[0].split(":")[0].removesuffix("_special") for name in failed})
+    bad = sorted({name.split()[0].split(":")[0].removesuffix("_special") for name in failed} | {*CHECKS} - {*only})
     timing = folder / "timing.json"
     job = ["--worker", "time", "--skip", ",".join(bad), "--out", str(timing), *extra]
     job += ["--seconds", str(deadline - time.monotonic() - 12)]
@@ -101,6 +103,7 @@ def main() -> int:
     parser.add_argument("--out")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--seconds", type=float, default=170.0)
+    parser.add_argument("--only", default=",".join(CHECKS), help="kernels to check and time, with commas between")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--skip", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()

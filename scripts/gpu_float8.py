@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,40 @@ import torch
 
 from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.product import ProductTiles
-from clsa_cuda.kernels.tiles import Limits, limits
+from clsa_cuda.kernels.ring_tiles import RingTiles, block_of_rows, ring_bytes, ring_tiles
+from clsa_cuda.kernels.tiles import limits
 from clsa_cuda.plain import float8_weight
 
-Tiles = dict[str, ProductTiles]
+Tiles = dict[str, ProductTiles | RingTiles]
 SHAPES: dict[str, tuple[int, int, bool]] = layers.SHAPES
+NORMED = ("qkv", "gate")
 
 
 def choices(rows: int) -> dict[str, Tiles]:
     """What to try: tiles of all four products each."""
     device = limits(layers.DEVICE)
-    half = replace(device, sm_count=2 * device.sm_count, shared_memory=device.shared_memory // 2 - 1024)
+    found: dict[str, Tiles] = {"no ring": {n: float8_tiles(rows, *shape, device) for n, shape in SHAPES.items()}}
+    default = {n: ring_tiles(rows, *shape, n in NORMED, device, 1) for n, shape in SHAPES.items()}
+    if any(t is None for t in default.values()):
+        return found
+    found["default"] = {n: t for n, t in default.items() if t is not None}
+    for room, block_k in itertools.product((112, 150, 220), (128, 256)):
+        found[f"{room} KB, K of {block_k}"] = {
+            n: cut_to(t, rows, n, room << 10, block_k) for n, t in found["default"].items()
+        }
+    for name, block_k in itertools.product(SHAPES, (128, 256)):
+        cut = cut_to(found["default"][name], rows, name, 220 << 10, block_k)
+        found[f"{name} with K of {block_k}"] = found["default"] | {name: cut}
+    return found
 
-    def by_the_rule(part: Limits = device, block_k: int = 128, max_rows: int = 64) -> Tiles:
-        return {name: float8_tiles(rows, *shape, part, block_k, max_rows) for name, shape in SHAPES.items()}
 
-    default = by_the_rule()
-
-    def changed(change: Callable[[ProductTiles], ProductTiles], *same: str) -> Tiles:
-        return {name: t if name in same else change(t) for name, t in default.items()}
-
-    def longer(t: ProductTiles) -> ProductTiles:
-        return replace(t, block_k=256, num_stages=max(2, (t.num_stages + 1) // 2), max_registers=None)
-
-    return {
-        "default": default,
-        "any number of registers": changed(lambda t: replace(t, max_registers=None)),
-        "5 stages": changed(lambda t: replace(t, num_stages=min(t.num_stages, 5))),
-        "7 stages": changed(lambda t: replace(t, num_stages=min(t.num_stages, 7))),
-        "K of 256": changed(longer, "qkv"),
-        "K of 256 in gate and up": changed(longer, "qkv", "output", "down"),
-        "K of 64": by_the_rule(block_k=64),
-        "80 rows": by_the_rule(max_rows=80) | {"gate": default["gate"]},
-        "128 rows": by_the_rule(max_rows=128) | {"gate": default["gate"]},
-        "two programs": by_the_rule(half),
-    }
+def cut_to(tiles: Any, rows: int, name: str, room: int, block_k: int) -> RingTiles:
+    """The same rows and parts, in so many bytes of shared memory."""
+    _, in_size, swiglu = SHAPES[name]
+    block_m = block_of_rows(rows)
+    stage = ring_bytes(block_m, block_k, swiglu, name in NORMED, 1)
+    turns = -(-in_size // block_k // tiles.splits)
+    return RingTiles(tiles.rows, block_k, tiles.splits, max(2, min(12, turns, (room - 2 * block_m * block_k) // stage)))
 
 
 def quantized(count: int) -> dict[str, list[Any]]:

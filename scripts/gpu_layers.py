@@ -26,6 +26,7 @@ from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import product
 from clsa_cuda.kernels.product import ProductTiles, product_tiles
+from clsa_cuda.kernels.ring_tiles import ring_tiles
 from clsa_cuda.kernels.sliding_attention import attend_window
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits
 
@@ -41,9 +42,10 @@ DEFAULTS = "--defaults" in sys.argv
 
 def defaults(rows: int) -> Choice:
     device = limits(DEVICE)
-    start: Choice = {
-        name: product_tiles(rows, *shape, name in ("qkv", "gate"), device) for name, shape in SHAPES.items()
-    }
+    start: Choice = {}
+    for name, shape in SHAPES.items():
+        case = (rows, *shape, name in ("qkv", "gate"), device)
+        start[name] = (ring_tiles(*case) if device.hopper else None) or product_tiles(*case)
     attend, gather = (attention_tiles(rows, KV_HEADS, keys, D, 2, device) for keys in (W, TOP_K))
     return start | {"attend": attend, "gather": gather}
 

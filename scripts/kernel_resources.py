@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import (
@@ -32,6 +33,7 @@ from clsa_cuda.kernels import (
     causal_prefill,
     gather_attention,
     linear,
+    ring_product,
     score_many,
     select,
     sliding_prefill,
@@ -41,10 +43,11 @@ from clsa_cuda.kernels import pick as picking
 from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.product import product_tiles
+from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring_tiles
 from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-H200 = Limits(132, 227 << 10, early_launch=True)
+H200 = Limits(132, 227 << 10, early_launch=True, hopper=True)
 # batch, context, k
 PICKS: tuple[tuple[int, int, int], ...] = (
     (1, 1 << 17, 2048),
@@ -220,6 +223,15 @@ def linear_of(
         types |= {"w": "*i32", "norm": "*i32"}
     types |= {"scales": "*fp32", "partial": "*fp32", "arrived": "*i32", "eps": "fp32"}
     types |= dict.fromkeys(("M", "N", "x_stride", "residual_stride"), "i32")
+    ring = ring_tiles(rows, out_size, in_size, swiglu, norm, H200, 1 if weights == "float8" else 2)
+    if ring is not None:
+        constants = ring_constants(rows, in_size, ring, norm, swiglu) | {"SCALED": weights == "float8"}
+        return (
+            ring_product._ring_kernel,
+            types | {"norm": "*bf16", "w": "*fp8e4nv" if weights == "float8" else "*bf16"},
+            constants,
+            {"num_warps": 4},
+        )
     constants = {
         "K": in_size,
         "BLOCK_M": max(16, next_power_of_2(rows)),
@@ -236,6 +248,22 @@ def linear_of(
     }
     limit = {"maxnreg": tiles.max_registers} if tiles.max_registers else {}
     return linear._linear_kernel, types, constants, {"num_warps": tiles.num_warps} | limit
+
+
+def ring_constants(rows: int, in_size: int, tiles: RingTiles, norm: bool, swiglu: bool) -> dict[str, Any]:
+    return {
+        "K": in_size,
+        "BLOCK_M": block_of_rows(rows),
+        "ROWS": tiles.rows,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": tiles.block_k,
+        "SPLITS": tiles.splits,
+        "STAGES": tiles.num_stages,
+        "NORM": norm,
+        "SWIGLU": swiglu,
+        "ADD": not norm,
+        "OVERLAP": True,
+    }
 
 
 def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
@@ -256,7 +284,8 @@ def report(
     if "OVERLAP" in constants:
         constants["OVERLAP"] = capability >= 90
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, constexprs=constants, attrs=attributes)
     start = time.monotonic()
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     seconds = time.monotonic() - start
@@ -270,7 +299,7 @@ def report(
         )
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
     kinds = Counter(
-        re.findall(r"\b(LDG\.E\S*|LDGSTS\S*|HMMA\.\d+|HGMMA\.\S+|LDL|STL|ATOMG\S*|RED\.\S*|BAR\.SYNC|SHFL)", sass)
+        re.findall(r"\b(LDG\.E\S*|LDGSTS\S*|HMMA\.\d+|[HQ]GMMA\.\S+|LDL|STL|ATOMG\S*|RED\.\S*|BAR\.SYNC|SHFL)", sass)
     )
     short: Counter[str] = Counter()
     for name, count in kinds.items():

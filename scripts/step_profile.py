@@ -37,13 +37,14 @@ _PRODUCTS = {
     "head": "head",
 }
 _CLOSING = ("o", "gate_up", "down")
+_FEW_ROWS = ("_ring_kernel", "_linear_kernel")  # products of few rows
 
 # Beginning of a kernel's name (after "void "), in words, parts of `part_bytes` that it reads.
 _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("_close_layer_kernel", "output projection, feed-forward, residuals", _CLOSING),
     ("_rms_norm_kernel", "norm", ("norms",)),
-    *((f"_linear_kernel {name}", words, (name,)) for name, words in _PRODUCTS.items()),
-    ("_linear_kernel", "products", (*_PRODUCTS, "norms")),
+    *((f"{kernel} {name}", words, (name,)) for kernel in _FEW_ROWS for name, words in _PRODUCTS.items()),
+    *((kernel, "products", (*_PRODUCTS, "norms")) for kernel in _FEW_ROWS),
     ("nvjet", "products by cuBLAS", (*_PRODUCTS, "norms")),
     ("cublas", "products by cuBLAS", ()),
     ("_attend_kernel sliding", "attention over windows", ("windows",)),
@@ -51,6 +52,8 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("_compact_kernel", "copy of selected rows", ()),
     ("_score_kernel", "routing: scores", ("index_keys",)),
     ("_pick_kernel", "routing: top-k", ("scores",)),
+    ("_greedy_kernel", "sampling", ("logits",)),
+    ("_embed_kernel", "rows of the tokens", ()),
     ("_norm_rope_kernel", "QK norm and rotation", ()),
     ("_swiglu_kernel", "SwiGLU", ()),
     ("_write_kernel", "writes of state", ()),
@@ -176,11 +179,11 @@ def _told_apart(names: list[str], config: ModelConfig) -> list[str]:
     """Names of one step in order, with what each product is for and what attention reads, where their numbers fit."""
     kinds = ["sliding" if kind == "sliding_attention" else "" for kind in config.layer_types]
     closing = not any(name.startswith("_close_layer_kernel") for name in names)
-    for kernel, uses in (("_attend_kernel", kinds), ("_linear_kernel", _products(config, closing))):
-        found = [i for i, name in enumerate(names) if name.startswith(kernel)]
+    for kernels, uses in ((("_attend_kernel",), kinds), (_FEW_ROWS, _products(config, closing))):
+        found = [i for i, name in enumerate(names) if name.startswith(kernels)]
         if len(found) == len(uses):
             for i, use in zip(found, uses, strict=True):
-                names[i] = f"{kernel} {use}".rstrip()
+                names[i] = f"{names[i].split()[0]} {use}".rstrip()
     return names
 
 

@@ -96,8 +96,9 @@ def linears(x: Box, weights: Sequence[Box]) -> tuple[Box, ...]:
     return tuple(linear(x, weight) for weight in weights)
 
 
-def norm_linears(x: Box, norm: Box, eps: float, weights: Sequence[Box]) -> tuple[Box, ...]:
-    return linears(rms_norm(x, norm, eps), weights)
+def norm_linears(x: Box, norm: Box, eps: float, weights: Sequence[Box], dtype: str | None = None) -> tuple[Box, ...]:
+    projected = linears(rms_norm(x, norm, eps), weights)
+    return projected if dtype is None else tuple(cast(y, dtype) for y in projected)
 
 
 def norm_swiglu(x: Box, norm: Box, eps: float, gate: Box, up: Box) -> Box:

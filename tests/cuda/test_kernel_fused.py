@@ -46,6 +46,13 @@ def part(x: torch.Tensor) -> torch.Tensor:
     return held[:, 3:-4]
 
 
+@pytest.mark.parametrize("num_tokens, size", [(0, 8), (1, 1), (5, 63), (3, 2560)])
+def test_embed(dtype: str, num_tokens: int, size: int) -> None:
+    weight = array(np.random.default_rng(0), dtype, 7, size)
+    tokens = torch.tensor([6, 0, -1, 3, 3], dtype=torch.int32, device=DEVICE)[:num_tokens]
+    assert torch.equal(fused.embed(weight, tokens), weight[tokens.clamp(min=0).long()])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)

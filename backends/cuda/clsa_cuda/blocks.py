@@ -13,6 +13,7 @@ from clsa.ops import HeadNorms, Queries, Weight, Window
 class Blocks:
     """`norm_linears`, `norm_swiglu`, `close_layer` and `attend_window` as `clsa.ops.Ops` defines them."""
 
+    cast: Any
     linears: Any
     rms_norm: Any
     norm_rope: Any
@@ -21,9 +22,11 @@ class Blocks:
     sliding_attention: Any
     write_window: Any
 
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+    def norm_linears(
+        self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight], dtype: str | None = None
+    ) -> tuple[Tensor, ...]:
         projected: tuple[Tensor, ...] = self.linears(self.rms_norm(x, norm, eps), weights)
-        return projected
+        return projected if dtype is None else tuple(self.cast(y, dtype) for y in projected)
 
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
         return self.swiglu(*self.norm_linears(x, norm, eps, (gate, up)))

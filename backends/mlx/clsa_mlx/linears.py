@@ -57,8 +57,11 @@ def linears(x: mx.array, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
     return tuple(parts)
 
 
-def norm_linears(x: mx.array, norm: mx.array, eps: float, weights: Sequence[Weight]) -> tuple[mx.array, ...]:
-    return linears(_normed(x, norm, eps), weights)
+def norm_linears(
+    x: mx.array, norm: mx.array, eps: float, weights: Sequence[Weight], dtype: str | None = None
+) -> tuple[mx.array, ...]:
+    projected = linears(_normed(x, norm, eps), weights)
+    return projected if dtype is None else tuple(y.astype(getattr(mx, dtype)) for y in projected)
 
 
 def norm_swiglu(x: mx.array, norm: mx.array, eps: float, gate: Weight, up: Weight) -> mx.array:

@@ -18,12 +18,14 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
     return _split(linear(x, joined(weights)), weights)
 
 
-def norm_linears(x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+def norm_linears(
+    x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """`Ops.norm_linears`; views as those of `linears`."""
     weight = joined(weights)
     if not takes_norm(x, weight):
-        return _split(linear(rms_norm(x, norm, eps), weight), weights)
-    return _split(product(x, weight, norm=norm, eps=eps), weights)
+        return _split(linear(rms_norm(x, norm, eps), weight).to(dtype or x.dtype), weights)
+    return _split(product(x, weight, norm=norm, eps=eps, dtype=dtype), weights)
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:

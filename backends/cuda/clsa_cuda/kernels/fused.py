@@ -15,6 +15,16 @@ _SWIGLU_BLOCK = 1024
 
 
 @triton.jit
+def _embed_kernel(weight, tokens, out, C: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr):
+    """Program t: the row of weight [V, C] that tokens [T] name, the first for -1; out [T, C]."""
+    wait(OVERLAP)
+    t = tl.program_id(0).to(tl.int64)
+    row = tl.maximum(tl.load(tokens + t), 0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    tl.store(out + t * C + c, tl.load(weight + row * C + c, mask=c < C, other=0.0), mask=c < C)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x,  # [T, C], rows x_stride apart
     weight,  # [C]
@@ -110,6 +120,24 @@ def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr
 def _rows(x: Tensor) -> Tensor:
     """[..., C] as [T, C], without a copy where rows are evenly spaced."""
     return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
+
+
+def embed(weight: Tensor, tokens: Tensor) -> Tensor:
+    """`Ops.embed`: [V, C], [T] int32 -> [T, C]."""
+    (num_tokens,), size = tokens.shape, weight.shape[1]
+    out = torch.empty(num_tokens, size, dtype=weight.dtype, device=weight.device)
+    if num_tokens:
+        _embed_kernel[num_tokens,](
+            weight.contiguous(),
+            tokens.contiguous(),
+            out,
+            C=size,
+            BLOCK_C=next_power_of_2(size),
+            OVERLAP=limits(weight.device).early_launch,
+            **launch_options(limits(weight.device)),
+            num_warps=4,
+        )
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

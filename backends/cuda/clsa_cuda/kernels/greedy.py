@@ -65,7 +65,8 @@ def greedy(logits: Tensor) -> Tensor:
     if num_rows == 0:
         return tokens
     device = limits(logits.device)
-    splits = max(1, min(64, 2 * device.sm_count // num_rows, triton.cdiv(vocab_size, _BLOCK)))
+    # A program has one block on its way at a time, so there are many of them.
+    splits = max(1, min(64, 8 * device.sm_count // num_rows, triton.cdiv(vocab_size, _BLOCK)))
     _greedy_kernel[num_rows, splits](
         logits,
         tokens,

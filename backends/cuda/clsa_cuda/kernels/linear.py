@@ -13,6 +13,8 @@ from clsa_cuda import plain
 from clsa_cuda.kernels.float8_product import float8_sums, float8_tiles
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles, store, sums
+from clsa_cuda.kernels.ring_product import ring_product, tiles_for
+from clsa_cuda.kernels.ring_tiles import RingTiles
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 
@@ -171,12 +173,18 @@ def product(
     eps: float = 0.0,
     swiglu: bool = False,
     residual: Tensor | None = None,
-    tiles: ProductTiles | None = None,
+    dtype: torch.dtype | None = None,
+    tiles: ProductTiles | RingTiles | None = None,
 ) -> Tensor:
     """x [M, K] by weight [N, K], with the norm before and what comes after it: [M, N], or [M, N / 2] with `swiglu`.
 
-    `tiles` is for measuring others.
+    In `dtype`, by default x's. `tiles` is for measuring others.
     """
+    device = limits(x.device)
+    if tiles is None:
+        tiles = tiles_for(x, weight, swiglu, norm, device)
+    if isinstance(tiles, RingTiles):
+        return ring_product(x, weight, norm, eps, swiglu, residual, dtype or x.dtype, tiles, device)
     scaled = isinstance(weight, Float8Weight)
     w, scales = (weight.values, weight.scales) if isinstance(weight, Float8Weight) else (weight, weight)
     norm_words = norm
@@ -186,11 +194,10 @@ def product(
     out_size = w.shape[0] // 2 if swiglu else w.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
-    device = limits(x.device)
     if tiles is None and scaled:
         tiles = float8_tiles(num_rows, out_size, in_size, swiglu, device)
     tiles = tiles or product_tiles(num_rows, out_size, in_size, swiglu, norm is not None, device)
-    out = torch.empty(num_rows, out_size, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_rows, out_size, dtype=dtype or x.dtype, device=x.device)
     units, block_m = tiles.units(out_size), max(16, next_power_of_2(num_rows))
     assert units <= MAX_ARRIVALS
     _linear_kernel[units,](

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Weight, Window
+from clsa_cuda import plain
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
-from clsa_cuda.kernels.fused import norm_rope, rms_norm, swiglu
+from clsa_cuda.kernels.fused import embed, norm_rope, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.greedy import greedy
 from clsa_cuda.kernels.linear import linear
@@ -45,10 +46,12 @@ class KernelOps(TorchOps):
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
         self._settled = False  # a step begins, and its caller may have made anything
-        return TorchOps.embed(weight, tokens)
+        return embed(weight, tokens)
 
-    def norm_linears(self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
-        projected = norm_linears(x, norm, eps, weights)
+    def norm_linears(
+        self, x: Tensor, norm: Tensor, eps: float, weights: Sequence[Weight], dtype: str | None = None
+    ) -> tuple[Tensor, ...]:
+        projected = norm_linears(x, norm, eps, weights, None if dtype is None else plain.DTYPES[dtype])
         self._settled = True
         return projected
 

@@ -28,6 +28,7 @@ class Limits:
     sm_count: int
     shared_memory: int  # bytes one program can have
     early_launch: bool = False  # whether a kernel may be launched before the one it waits for has ended (sm_90)
+    hopper: bool = False  # whether a group of warps multiplies from shared memory (sm_90 and no other)
 
 
 @functools.cache
@@ -36,8 +37,13 @@ def limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits(sm_count=2, shared_memory=64 << 10)
     properties = driver.active.utils.get_device_properties(device.index or 0)
-    early = EARLY_LAUNCH and torch.cuda.get_device_capability(device)[0] >= 9
-    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"], early)
+    major = torch.cuda.get_device_capability(device)[0]
+    return Limits(
+        properties["multiprocessor_count"],
+        properties["max_shared_mem"],
+        early_launch=EARLY_LAUNCH and major >= 9,
+        hopper=major == 9,
+    )
 
 
 def launch_options(device: Limits) -> dict[str, bool]:
@@ -122,37 +128,35 @@ def attention_tiles(
     """Programs that fill the multiprocessors at once, each with a few blocks of keys on their way.
 
     Measured on an H200 (docs/log.md). The registers decide how many programs a multiprocessor takes: of blocks of 128
-    one, of 64 two, or four if the first keys do not wait, of 32 three. There should be as many of them as fit: programs
+    one, or two if the first keys do not wait, of 64 two, of 32 three. There should be as many of them as fit: programs
     that start while the kernel in front still ends pile up where it ends first.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
-    block_n, buffers, last = 64, 1, True
+    block_n, buffers, last = 128, 0, True
     if ring:
-        block_n, wanted = 128, device.sm_count // (2 * pairs)
+        wanted, buffers = device.sm_count // (2 * pairs), 1
     elif pairs * (max_keys // 128) <= device.sm_count:
-        block_n, wanted = 128, max_keys // 128  # a block each
+        wanted = max_keys // 128  # a block each
     elif max_keys > 2 * MAX_SELECTED:
         wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
+        block_n, buffers = 64, 2
         if 2 * three >= 3 * wanted:  # fills its places as well
             block_n, wanted = 32, three
-        buffers = 2
-    elif 2 * pairs < device.sm_count:
-        wanted = 2 * device.sm_count // pairs
-    else:
-        wanted, last = 4 * device.sm_count // pairs, False
+    else:  # with other programs beside it to hide what one waits for
+        wanted, last = 2 * device.sm_count // pairs, False
     room = device.shared_memory * 3 // 5  # one buffer is that of the first block
     while block_n > 16 and (buffers + 1) * block_n * row_bytes > room:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
-    buffers = max(1, min(buffers, room // (block_n * row_bytes) - 1))
+    buffers = min(buffers, max(1, room // (block_n * row_bytes) - 1))
     return AttentionTiles(
         block_n=block_n,
         splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
         num_warps=8 if block_n == 128 else 4,
         # Of rows that are found by a number, the numbers take as many stages as the rows.
-        num_stages=buffers + 1 if ring else 2 * buffers + 1,
+        num_stages=buffers + 1 if ring else max(2, 2 * buffers + 1),
         last=last,
     )
