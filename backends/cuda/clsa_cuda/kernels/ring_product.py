@@ -51,13 +51,16 @@ def _ask_for_weights(rings, at, n_live, block, slot, BLOCK_K: gl.constexpr, NORM
 
 
 @gluon.jit
-def _finished(acc, up_acc, SWIGLU: gl.constexpr):
-    """The sums, when the tensor cores are done with them and with what they read."""
+def _finished(turn, up_turn, w_ring, up_ring, factors, SWIGLU: gl.constexpr):
+    """The sums, when the tensor cores are done with them and with what they read.
+
+    What they read is named, or the compiler takes it for unused behind the last product and puts other things there.
+    """
     if SWIGLU:
-        acc, up_acc = warpgroup_mma_wait(0, deps=(acc, up_acc))
+        turn, up_turn, _, _, _ = warpgroup_mma_wait(0, deps=(turn, up_turn, w_ring, up_ring, factors))
     else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    return acc, up_acc
+        turn, _, _ = warpgroup_mma_wait(0, deps=(turn, w_ring, factors))
+    return turn, up_turn
 
 
 @gluon.jit
@@ -177,9 +180,9 @@ def _ring_kernel(
     if NORM:
         norm_ring = gl.allocate_shared_memory(element, [STAGES, BLOCK_K], flat)
     rings = (w_ring, up_ring, norm_ring)
-    pair = w_ring
+    factors = x_ring  # what weights are multiplied with
     if SCALED:
-        pair = gl.allocate_shared_memory(w.dtype.element_ty, [2 * BLOCK_M, BLOCK_K], w_operand)
+        factors = gl.allocate_shared_memory(w.dtype.element_ty, [2 * BLOCK_M, BLOCK_K], w_operand)
 
     i = gl.arange(0, BLOCK_N, gl.SliceLayout(1, w_copies))
     n = tile * ROWS + i
@@ -227,7 +230,7 @@ def _ring_kernel(
     slot = 0
     before = STAGES - 1
     for block in range(count):
-        turn, up_turn = _finished(turn, up_turn, SWIGLU)
+        turn, up_turn = _finished(turn, up_turn, w_ring, up_ring, factors, SWIGLU)
         if SCALED:
             acc = _folded(acc, turn, power, mma)
             if SWIGLU:
@@ -242,8 +245,8 @@ def _ring_kernel(
                 weights = norm_ring.index(slot).load(gl.SliceLayout(0, copies)).to(gl.float32)
                 wide = (wide * weights[None, :]).to(element).to(gl.float32)
             if SCALED:
-                power = gl.convert_layout(_in_two(wide, pair), gl.SliceLayout(0, mma))
-                factor = pair
+                power = gl.convert_layout(_in_two(wide, factors), gl.SliceLayout(0, mma))
+                factor = factors
             else:
                 factor.store(wide.to(element))
         fence_async_shared()
@@ -259,7 +262,7 @@ def _ring_kernel(
         before = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
     squares = gl.convert_layout(gl.sum(square, axis=1), gl.SliceLayout(0, mma))
-    turn, up_turn = _finished(turn, up_turn, SWIGLU)
+    turn, up_turn = _finished(turn, up_turn, w_ring, up_ring, factors, SWIGLU)
     if SCALED:
         acc = _folded(acc, turn, power, mma)
         if SWIGLU:
