@@ -144,8 +144,10 @@ def attention_tiles(
         block_n, buffers = 64, 2
         if 2 * three >= 3 * wanted:  # fills its places as well
             block_n, wanted = 32, three
-    else:  # with other programs beside it to hide what one waits for
+    elif pairs <= 2 * device.sm_count:  # with another program beside it to hide what one waits for
         wanted, last = 2 * device.sm_count // pairs, False
+    else:
+        block_n, wanted, buffers, last = 64, 1, 1, False
     room = device.shared_memory * 3 // 5  # one buffer is that of the first block
     while block_n > 16 and (buffers + 1) * block_n * row_bytes > room:
         block_n //= 2
