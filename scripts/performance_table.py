@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,17 @@ their checks passed (`scripts/gpu_check.py`). Floors are the bytes that must mov
 ## Targets
 """
 CONCLUSION = """
-What is missed, and why: a step is a chain of {launches} launches that need each other's results. A layer of the self-decoder takes {layer:.0f} us at
-batch 1 where its {layer_mb:.0f} MB would take {layer_floor:.0f}. Clocks put into the kernels for one run (docs/log.md; they are not kept) said where: products stream their weights at 3.3 to 4.1 TB/s, 40 us
-in all; between the last store of one and the full stream of the next pass 2 us, four times; attention over the window takes 6. At batch 32 the
-same gaps are 3.5 us. What would be needed: weights of the next two products on their way while one finishes, which takes a ring of
-shared memory for the tensor cores' own layout and one program a multiprocessor in every kernel; measured with slower products it gained 2 to 3 us a
-layer. Of the targets at batch 1 and 32 it would reach neither alone.
+What a step loses, and where: it is a chain of {launches} launches that need each other's results. A layer of the self-decoder takes {layer:.0f} us at
+batch 1 where its {layer_mb:.0f} MB would take {layer_floor:.0f}, and {many:.0f} us at batch 32, where it reads {many_floor:.0f} us of weights and windows. Without its attention a layer
+takes 42 and 50 us, gate and up alone, one after the other, 19 and 22, down 11 and 14 (docs/log.md, 2026-11-28): each product has two trips through L2 between the end of
+the one in front and its own sums, a third where K is split, and at batch 32 every program reads the rows of x again, 61 MB a layer. What
+would be needed at batch 32: x read once for several multiprocessors (multicast in clusters, which Triton 3.6 does not offer), the small launches
+at the step's two ends as one, and an attention over windows that fills its memory as the products do. Dense attention at batch 1 is
+bound by what a multiprocessor has on its way: {dense:.0%} of the floor.
+
+Not run again since the products changed: what is marked "earlier kernels", and compute-sanitizer over these products.
 """
+EARLIER = " (earlier kernels)"
 
 
 def load(name: str) -> Any:
@@ -47,16 +50,26 @@ def main() -> None:
     lines = [INTRO, *target_lines(steps, kernels), "", *step_lines(steps), "", *kernel_lines(kernels)]
     layer = next(row for row in load("layers")["rows"] if row["rows"] == 1)
     layer_bytes = 2 * 2560 * (3584 + 2560 + 3 * 7680)
+    ops = load("ops")
+    thirty_two = next(row for row in load("layers")["rows"] if row["rows"] == 32)
+    read = load("decode")["read_bandwidth"]
     figures = {
+        "many": thirty_two["default_us"][0],
+        "many_floor": (layer_bytes + 32 * 512 * 2 * 4 * 128 * 2) / read * 1e6,
+        "dense": next(r for r in ops["rows"] if (r["op"], r["by"], r["batch"]) == ("dense_attention", "clsa", 1))[
+            "floor_share"
+        ],
         "launches": sum(count for _, _, count in steps["clsa", 131072, 1]["kernels"]),
         "layer": layer["default_us"][0],
         "layer_mb": layer_bytes / 1e6,
-        "layer_floor": layer_bytes / load("decode")["read_bandwidth"] * 1e6,
+        "layer_floor": layer_bytes / read * 1e6,
     }
     lines.append(CONCLUSION.format(**figures))
-    for name, section in (("profile", profile_lines), ("long", long_lines)):
-        if (RESULTS / f"{name}.json").exists():
-            lines += section(load(name))
+    lines += [
+        *profile_lines(load("profile")),
+        *long_lines(load("long") | load("million")),
+        *sanitizer_lines(load("sanitize")),
+    ]
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     parser.parse_args().out.write_text("\n".join(lines), encoding="utf-8")
@@ -66,7 +79,7 @@ def target_lines(steps: Steps, kernels: dict[str, Any]) -> list[str]:
     """What was aimed at beside what was measured."""
     paper = {row["plan"]: row for row in load("paper")["rows"] if row["context"] == 131072}
     capacity = {row["plan"]: row for row in load("capacity")["rows"]}
-    long, distill, warm = load("long"), load("distill"), load("warm")
+    long, distill, warm = load("long") | load("million"), load("distill"), load("warm")
     prefill = {row["name"]: row for row in load("prefill_kernels")["rows"] if "tokens_per_second" in row}
     one, many = steps["clsa", 131072, 1], steps["clsa", 131072, 32]
     hidden = [steps["clsa", 131072, b]["engine_step_ms"] / steps["clsa", 131072, b]["graph_ms"] - 1 for b in (1, 8, 32)]
@@ -75,13 +88,13 @@ def target_lines(steps: Steps, kernels: dict[str, Any]) -> list[str]:
         (
             "decode step, 128K, batch 32",
             "<= 2.8 ms, >= 11,400 tokens/s",
-            f"{many['graph_ms']:.2f} ms, {paper['clsa']['decode_tokens_per_second']:,.0f} tokens/s",
+            f"{many['graph_ms']:.3f} ms, {32 / many['engine_step_ms'] * 1e3:,.0f} tokens/s",
         ),
         ("decode step, 128K, batch 1", "<= 1.7 ms", f"{one['graph_ms']:.2f} ms"),
         (
             "decode, CLSA over our Transformer, 128K, batch 32",
             ">= 20x",
-            f"{paper['clsa']['decode_ratio']:.1f}x ({paper['transformer']['note']})",
+            f"{paper['clsa']['decode_ratio']:.1f}x ({paper['transformer']['note']}){EARLIER}",
         ),
         (
             "throughput at the card's capacity, 128K, over our Transformer",
@@ -92,22 +105,22 @@ def target_lines(steps: Steps, kernels: dict[str, Any]) -> list[str]:
         (
             "end to end, 128K in, 10K out, 32 requests, over our Transformer",
             ">= 17x",
-            f"{paper['clsa']['end_to_end_ratio']:.1f}x (by the formula of `clsa bench paper`)",
+            f"{paper['clsa']['end_to_end_ratio']:.1f}x (by the formula of `clsa bench paper`){EARLIER}",
         ),
         (
             "the same, really run",
             ">= 5 x 1,068 tokens/s",
-            f"{long['serve']['tokens_per_second']:,.0f} tokens/s (earlier run)",
+            f"{long['serve']['tokens_per_second']:,.0f} tokens/s{EARLIER}",
         ),
         (
             "prefill, one prompt of 128K",
             ">= 160K tokens/s",
-            f"{prefill['prefill 1 x 128K, 8192 a step']['tokens_per_second']:,.0f} (earlier run)",
+            f"{prefill['prefill 1 x 128K, 8192 a step']['tokens_per_second']:,.0f}{EARLIER}",
         ),
         (
             "prefill, 64 prompts of 2K",
             ">= 160K tokens/s",
-            f"{prefill['prefill 64 x 2K, 8192 a step']['tokens_per_second']:,.0f} (earlier run)",
+            f"{prefill['prefill 64 x 2K, 8192 a step']['tokens_per_second']:,.0f}{EARLIER}",
         ),
         (
             "routing, 128K, batch 32 / batch 1",
@@ -117,19 +130,19 @@ def target_lines(steps: Steps, kernels: dict[str, Any]) -> list[str]:
         (
             "attention over the selected rows, batch 32 / 8 / 1",
             "<= 0.040 / 0.018 / 0.010 ms",
-            " / ".join(f"{gathered(b)['ms']:.3f}" for b in (32, 8, 1)) + " ms" + gathered(1).get("earlier", ""),
+            " / ".join(f"{gathered(b)['seconds'] * 1e3:.3f}" for b in (32, 8, 1)) + " ms",
         ),
         ("engine step over its graph, batch 1 / 8 / 32", "<= 3 %", " / ".join(f"{x:.1%}" for x in hidden)),
-        ("a step at 1M tokens over one at 8K, batch 1", "<= 1.2", f"{long['million']['step_ratio']:.2f} (earlier run)"),
+        ("a step at 1M tokens over one at 8K, batch 1", "<= 1.2", f"{long['million']['step_ratio']:.2f}{EARLIER}"),
         (
             "index KD loss, forward and backward, 32K",
             "<= 3 x its QK^T",
-            f"{loss['ratio']:.2f} x, {max(row['bytes'] for row in distill['memory']) / 1e6:,.0f} MB at most from 4K to 32K (earlier run)",
+            f"{loss['ratio']:.2f} x, {max(row['bytes'] for row in distill['memory']) / 1e6:,.0f} MB at most from 4K to 32K",
         ),
         (
             "start of a process to the first token, kernels compiled before",
             "< 20 s",
-            f"{warm['first_token']:.1f} s ({warm['weights']:.1f} s of them until the random weights are there; earlier run)",
+            f"{warm['first_token']:.1f} s ({warm['weights']:.1f} s of them until the random weights are there){EARLIER}",
         ),
     ]
     return ["| | target | measured |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
@@ -150,7 +163,7 @@ def step_lines(steps: Steps) -> list[str]:
     lines += [
         "",
         "All plans in one engine, batch 32 (`clsa bench paper`; end to end by its formula, with 8 % of the context as answer; a decode layer's share of the",
-        "feed-forward, attention and routing measured op by op):",
+        "feed-forward, attention and routing measured op by op), with the kernels of before the rings of weights:",
         "",
         "| plan | context | prefill tokens/s | decode tokens/s | ratio | end to end tokens/s | ratio | MLP us a layer | attention us | routing us | note |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -165,10 +178,8 @@ def step_lines(steps: Steps) -> list[str]:
         "",
         "![The five plans](paper.svg)",
         "",
-        "At the batch that fits the card (`clsa bench capacity`; the Transformer at 81 % of its floor, by tiles since changed:",
-    ]
-    lines += ["at 97 %, as at batch 32, the ratio would be 48):", ""]
-    lines += [
+        "At the batch that fits the card (`clsa bench capacity`):",
+        "",
         "| plan | context | sequences | step ms | of its floor | tokens/s | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -187,7 +198,7 @@ def kernel_lines(kernels: dict[str, Any]) -> list[str]:
     for batch, target in ((1, "0.010"), (8, "0.018"), (32, "0.040")):
         row = gathered(batch)
         lines.append(
-            f"| attention over the selected rows, a layer of 16, batch {batch}{row.get('earlier', '')} | {row['ms']:.4f} | {row['floor']:.4f} | {target} |"
+            f"| attention over the selected rows, batch {batch} (`clsa bench ops`) | {row['seconds'] * 1e3:.4f} | {row['floor_seconds'] * 1e3:.4f} | {target} |"
         )
     found = {
         row["name"].split()[-1]: row
@@ -199,17 +210,30 @@ def kernel_lines(kernels: dict[str, Any]) -> list[str]:
         lines.append(
             f"| dense attention, batch {batch} | {row['ms']:.4f} | {row['floor']:.4f} | 85 % of the floor: {row['floor'] / 0.85:.3f} |"
         )
-    return lines
+    return [*lines, "", "![Ops against the ceilings of the machine](roofline.svg)"]
 
 
 def gathered(batch: int) -> dict[str, Any]:
-    """The attention over the selected rows; from an earlier file where the checks of the newest did not finish."""
-    newest = _after(load("kernels")["rows"], "gather in place", "16 layers")
-    return (
-        newest[batch]
-        if batch in newest
-        else _after(load("kernels_3")["rows"], "gather in place", "16 layers")[batch] | {"earlier": " (earlier run)"}
-    )
+    """The attention over the selected rows."""
+    kind = ("gather_attention", "clsa", batch)
+    found: dict[str, Any] = next(r for r in load("ops")["rows"] if (r["op"], r["by"], r["batch"]) == kind)
+    return found
+
+
+def sanitizer_lines(result: Any) -> list[str]:
+    """What `scripts/gpu_sanitize.py` found."""
+    rows = result["rows"]
+    tools = {
+        tool: sum(row["passed"] for row in rows if row["tool"] == tool)
+        for tool in dict.fromkeys(row["tool"] for row in rows)
+    }
+    counted = ", ".join(f"{name} over {count:,} tests" for name, count in tools.items())
+    return [
+        "## Memory and races",
+        "",
+        f"`scripts/gpu_sanitize.py`, {result['device']}: compute-sanitizer's {counted} of the kernels: {sum(row['errors'] for row in rows)} errors{EARLIER}.",
+        "",
+    ]
 
 
 def profile_lines(result: Any) -> list[str]:
@@ -245,7 +269,7 @@ def long_lines(result: Any) -> list[str]:
     lines = [
         "## Long runs",
         "",
-        f"`scripts/gpu_long.py`, {result['machine']['device']}, through the engine, with the kernels of decode_5.json.",
+        f"`scripts/gpu_long.py`, {result['machine']['device']}, through the engine, with earlier kernels (the million tokens: those of before the rings of weights).",
     ]
     if found := result.get("answer"):
         grown = {k: found["memory_after"][k] - found["memory_before"][k] for k in found["memory_after"]}
@@ -284,15 +308,6 @@ def long_lines(result: Any) -> list[str]:
 def _step_row(name: str, row: dict[str, Any]) -> str:
     graph, engine, floor = row["graph_ms"], row["engine_step_ms"], row["floor_ms"]
     return f"| {name} | {graph:.2f} | {engine:.2f} | {floor:.2f} | {floor / graph:.0%} | {row['batch'] / engine * 1e3:,.0f} |"
-
-
-def _after(rows: list[dict[str, Any]], first: str, then: str) -> dict[int, dict[str, Any]]:
-    """The row named `then` that follows a row named `first`, by batch."""
-    found = {}
-    for before, row in pairwise(rows):
-        if before["name"].startswith(first) and row["name"].strip().startswith(then):
-            found[int(row["name"].split()[-1])] = row
-    return found
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 SHARED_MEMORY = 227 << 10  # bytes of a program on Hopper: what passes here fits there
 FROM_THE_KERNEL_IN_FRONT = ("x", "residual")  # arguments
 OF_TORCH = ("abs", "exp", "float32", "int32", "int64", "permute", "reshape", "sqrt", "zeros_like")
-OF_PROGRAMS = ("allocate_shared_memory", "atomic_add", "inline_asm_elementwise", "store", "thread_barrier")
+OF_PROGRAMS = ("allocate_shared_memory", "atomic_add", "inline_asm_elementwise", "store")
 LAYOUTS = ("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout", "SwizzledSharedLayout")
 
 Span = tuple[int, int]  # of addresses
@@ -295,7 +295,9 @@ class FakeGluon:
         async_copy = {name: of_program(name) for name in ("commit_group", "wait_group")}
         return {
             "gl": SimpleNamespace(**gl),
-            "async_copy": SimpleNamespace(async_copy_global_to_shared=of_program("copy"), **async_copy),
+            "async_copy": SimpleNamespace(**async_copy),
+            "barrier": of_program("thread_barrier"),
+            "copy_in": of_program("copy"),
             "fence_async_shared": lambda: self.program.unfenced.clear(),
             "warpgroup_mma_init": Sums,
             "warpgroup_mma": of_program("multiply"),

@@ -26,6 +26,9 @@ from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring
 from clsa_cuda.kernels.tiles import Limits, launch_options
 
 _WARPS = 4  # one warp group
+# Names that Triton changed between 3.6 and 3.9.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -43,11 +46,11 @@ def _ask_for_weights(rings, at, n_live, block, slot, BLOCK_K: gl.constexpr, NORM
     """One tile of weights, and of the norm's, into a slot. Rows that are not live become zeros."""
     w_ring, up_ring, norm_ring = rings
     w_at, up_at, norm_at = at
-    async_copy.async_copy_global_to_shared(w_ring.index(slot), w_at + block * BLOCK_K, mask=n_live[:, None])
+    copy_in(w_ring.index(slot), w_at + block * BLOCK_K, mask=n_live[:, None])
     if SWIGLU:
-        async_copy.async_copy_global_to_shared(up_ring.index(slot), up_at + block * BLOCK_K, mask=n_live[:, None])
+        copy_in(up_ring.index(slot), up_at + block * BLOCK_K, mask=n_live[:, None])
     if NORM:
-        async_copy.async_copy_global_to_shared(norm_ring.index(slot), norm_at + block * BLOCK_K)
+        copy_in(norm_ring.index(slot), norm_at + block * BLOCK_K)
 
 
 @gluon.jit
@@ -108,7 +111,7 @@ def _merged(
     gl.store(mine + split * WIDTH + inside, acc)
     if NORM:
         gl.store(mine + split * WIDTH + SIZE + r, squares)
-    gl.thread_barrier()  # all of this program's stores come before its arrival
+    barrier()  # all of this program's stores come before its arrival
     last = gl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1
     if last:
         acc = gl.zeros_like(acc)
@@ -208,7 +211,7 @@ def _ring_kernel(
     _wait(OVERLAP)
     for stage in gl.static_range(STAGES):
         if stage < count:
-            async_copy.async_copy_global_to_shared(x_ring.index(stage), x_at + stage * BLOCK_K, mask=m_live[:, None])
+            copy_in(x_ring.index(stage), x_at + stage * BLOCK_K, mask=m_live[:, None])
         async_copy.commit_group()
     j = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
     r = gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
@@ -236,7 +239,7 @@ def _ring_kernel(
             if SWIGLU:
                 up_acc = _folded(up_acc, up_turn, power, mma)
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()  # all threads' copies are there, and nobody reads the slot of before any more
+        barrier()  # all threads' copies are there, and nobody reads the slot of before any more
         factor = x_ring.index(slot)
         if NORM or SCALED:
             wide = factor.load(copies).to(gl.float32)
@@ -257,7 +260,7 @@ def _ring_kernel(
         again = block + STAGES - 1
         if (block > 0) & (again < count):
             _ask_for_weights(rings, at, n_live, again, before, BLOCK_K, NORM, SWIGLU)
-            async_copy.async_copy_global_to_shared(x_ring.index(before), x_at + again * BLOCK_K, mask=m_live[:, None])
+            copy_in(x_ring.index(before), x_at + again * BLOCK_K, mask=m_live[:, None])
         async_copy.commit_group()
         before = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
