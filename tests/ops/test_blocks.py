@@ -27,6 +27,20 @@ def test_norm_linears(ops: Ops, dtype: str, shape: tuple[int, int], scale: float
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_norm_linears_in_float32(ops: Ops, dtype: str, shape: tuple[int, int]) -> None:
+    """As logits are: whatever x is in, the results are float32, and at most as far off as in x's dtype."""
+    rng = np.random.default_rng(0)
+    x, norm = normal(rng, *shape, dtype=dtype), normal(rng, shape[1], dtype=dtype)
+    weights = [normal(rng, rows, shape[1], dtype=dtype, scale=shape[1] ** -0.5) for rows in (16, 41)]
+    given = ops.asarray(x), ops.asarray(norm), 1e-6, [ops.asarray(w) for w in weights]
+    got = ops.norm_linears(*given, dtype="float32")
+    want = spec.norm_linears(spec.asarray(x), spec.asarray(norm), 1e-6, [spec.asarray(w) for w in weights], "float32")
+    for i in range(2):
+        assert got[i].dtype == ops.cast(given[0], "float32").dtype
+        assert_close("norm_linears", dtype, host(ops, got[i], "float32"), want[i], (shape, i))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_norm_swiglu(ops: Ops, dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     x, norm = normal(rng, *shape, dtype=dtype), normal(rng, shape[1], dtype=dtype)
