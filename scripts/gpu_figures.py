@@ -39,11 +39,13 @@ PARTS = {
         300,
     ),
     "ops": (
-        f"{BENCH} ops --backend cuda --contexts {LONG} --batches 1,32 --seconds 0.2 --output {{out}}/ops.json",
+        f"{BENCH} ops --backend cuda --contexts {LONG} --batches 1,8,32 --seconds 0.1 --output {{out}}/ops.json",
         120,
     ),
     "prefill": ("scripts/gpu_prefill.py --out {out}/prefill_kernels.json", 180),
-    "long": ("scripts/gpu_long.py --parts answer,million,serve --out {out}/long.json", 300),
+    "long": ("scripts/gpu_long.py --parts answer,serve --out {out}/long.json", 240),
+    "million": ("scripts/gpu_long.py --parts million --out {out}/million.json", 90),
+    "sanitize": ("scripts/gpu_sanitize.py --seconds 150 --out {out}/sanitize.json --logs runs/sanitizer", 170),
     "distill": ("scripts/gpu_distill.py --out {out}/distill.json", 90),
     "warm": ("scripts/gpu_warm.py --out {out}/warm.json", 90),
 }
