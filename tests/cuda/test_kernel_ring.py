@@ -234,6 +234,7 @@ def test_tiles_fill_their_waves(
     assert min(waves, 2) * (used + 1024) <= 228 << 10 and used <= HOPPER.shared_memory
     assert tiles.num_stages <= -(-in_size // (tiles.block_k * tiles.splits))
     assert tiles.splits == 1 or not swiglu
+    assert not norm or block_of_rows(rows) * tiles.block_k <= 8192  # squares, 64 registers of a thread
 
 
 @pytest.mark.parametrize("early_launch", [False, True])

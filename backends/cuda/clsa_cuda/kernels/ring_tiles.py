@@ -16,6 +16,7 @@ _MAX_STAGES = 9
 _BLOCKS = (256, 128, 64)  # inputs of a tile: long ones take fewer turns of the loop, short ones are there sooner
 _MAX_STAGE = 40 << 10  # bytes, where a program goes through more than
 _FEW_TURNS = 5
+_MAX_SQUARES = 8192  # of a tile of x, which stay in registers where there is a norm
 _MAX_IN_TWO = 16  # rows of x that every program splits for 8-bit weights
 
 
@@ -65,6 +66,8 @@ def ring_tiles(
     for block_k in _BLOCKS:
         stage = ring_bytes(block_m, block_k, swiglu, norm, itemsize)
         turns = triton.cdiv(in_size // block_k, splits)
+        if norm and block_m * block_k > _MAX_SQUARES:
+            continue
         operands = 2 * block_m * block_k if itemsize == 1 else 0
         stages = min(_MAX_STAGES, turns, (room - operands) // stage)
         if in_size % block_k == 0 and stages >= 3 and (stage <= _MAX_STAGE or turns <= _FEW_TURNS):
