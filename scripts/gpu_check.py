@@ -107,6 +107,8 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--skip", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := {*args.only.split(",")} - {*CHECKS}:
+        parser.error(f"--only takes {', '.join(CHECKS)}; got {', '.join(sorted(unknown))}")
     if args.worker is None:
         return parent(args)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))

@@ -162,7 +162,8 @@ def test_large_scores_do_not_overflow(ops: Ops, dtype: str) -> None:
     v = np.repeat(np.arange(12, dtype=np.float32).reshape(3, 1, 4), 16, axis=0)
     q, k, v = (ops.asarray(x, dtype) for x in (q, k, v))
     got = host(ops, sliding_prefill(q, k, v, ops.new_window(3, 48, 1, 4, dtype), step.queries(ops), SMALL), dtype)
-    np.testing.assert_allclose(got[[15, 31, 47], 0], np.arange(12.0).reshape(3, 4), rtol=1e-6)
+    rounding = 1e-6 if dtype == "float32" else 0.0  # the other results are rounded to what is exact here
+    np.testing.assert_allclose(got[[15, 31, 47], 0], np.arange(12.0).reshape(3, 4), rtol=rounding)
 
 
 def scored(ops: Ops, step: Layout, q_idx: np.ndarray, k_idx: np.ndarray, dtype: str, k: int) -> Arrays:

@@ -13,8 +13,7 @@ from clsa_cuda import plain
 from clsa_cuda.kernels.float8_product import float8_sums, float8_tiles
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles, store, sums
-from clsa_cuda.kernels.ring_product import ring_product, tiles_for
-from clsa_cuda.kernels.ring_tiles import RingTiles
+from clsa_cuda.kernels.ring_tiles import RingTiles, tiles_for
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 
@@ -184,6 +183,9 @@ def product(
     if tiles is None:
         tiles = tiles_for(x, weight, swiglu, norm, device)
     if isinstance(tiles, RingTiles):
+        # Only where it is used: other GPUs need not load Gluon, nor understand it.
+        from clsa_cuda.kernels.ring_product import ring_product
+
         return ring_product(x, weight, norm, eps, swiglu, residual, dtype or x.dtype, tiles, device)
     scaled = isinstance(weight, Float8Weight)
     w, scales = (weight.values, weight.scales) if isinstance(weight, Float8Weight) else (weight, weight)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
-from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring_tiles
+from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, aligned, block_of_rows
 from clsa_cuda.kernels.tiles import Limits, launch_options
 
 _WARPS = 4  # one warp group
@@ -298,22 +298,6 @@ def _ring_kernel(
         gl.store(out + rows * N + n_out[:, None], acc.to(out.dtype.element_ty), mask=live)
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether its rows can be copied 16 bytes at a time."""
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-
-
-def tiles_for(x: Tensor, weight: Weight, swiglu: bool, norm: Tensor | None, device: Limits) -> RingTiles | None:
-    """How to cut what `linear.takes` took; None: `product` has to do it."""
-    w = weight.values if isinstance(weight, Float8Weight) else weight
-    if not device.hopper or not _aligned(w) or not (norm is None or _aligned(norm)):
-        return None
-    if isinstance(weight, Float8Weight) and x.dtype != torch.bfloat16:
-        return None  # `_in_two` would lose bits of a float16
-    out_size = w.shape[0] // 2 if swiglu else w.shape[0]
-    return ring_tiles(x.shape[0], out_size, x.shape[1], swiglu, norm is not None, device, w.itemsize)
-
-
 def ring_product(
     x: Tensor,
     weight: Weight,
@@ -333,8 +317,8 @@ def ring_product(
     assert in_size % tiles.block_k == 0 and (tiles.splits == 1 or not swiglu)
     # Triton 3.6 fails to compile the stages of a ring that is known to be never full.
     assert tiles.num_stages >= 3 and (tiles.splits > 1 or tiles.num_stages * tiles.block_k <= in_size)
-    if not _aligned(x) or x.stride(0) % 16:
-        x = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+    if not aligned(x) or x.stride(0) % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     out = torch.empty(num_rows, out_size, dtype=dtype, device=x.device)
     units, block_m = tiles.units(out_size), block_of_rows(num_rows)
     assert units <= MAX_ARRIVALS

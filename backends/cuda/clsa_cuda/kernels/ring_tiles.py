@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
+from torch import Tensor
 
+from clsa.ops import Float8Weight, Weight
 from clsa_cuda.kernels.tiles import Limits, next_power_of_2
 
 BLOCK_N = 64  # outputs of a tile: what one warp group multiplies at once
 _MAX_STAGES = 9
 _BLOCKS = (256, 128, 64)  # inputs of a tile: long ones take fewer turns of the loop, short ones are there sooner
-_MAX_STAGE = 40 << 10  # bytes, where a program goes through more than
-_FEW_TURNS = 5
+_MAX_STAGE = 40 << 10  # bytes of a turn of the loop, unless there are
+_FEW_TURNS = 5  # of them or less
 _MAX_SQUARES = 8192  # of a tile of x, which stay in registers where there is a norm
 _MAX_IN_TWO = 16  # rows of x that every program splits for 8-bit weights
 
@@ -75,3 +78,19 @@ def ring_tiles(
         if itemsize * block_k <= 128:  # what a row of a tile has at least
             break
     return None
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether its rows can be copied 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+
+
+def tiles_for(x: Tensor, weight: Weight, swiglu: bool, norm: Tensor | None, device: Limits) -> RingTiles | None:
+    """How to cut what `linear.takes` took; None: `product` has to do it."""
+    w = weight.values if isinstance(weight, Float8Weight) else weight
+    if not device.hopper or not aligned(w) or not (norm is None or aligned(norm)):
+        return None
+    if isinstance(weight, Float8Weight) and x.dtype != torch.bfloat16:
+        return None  # `ring_product` would lose bits of a float16
+    out_size = w.shape[0] // 2 if swiglu else w.shape[0]
+    return ring_tiles(x.shape[0], out_size, x.shape[1], swiglu, norm is not None, device, w.itemsize)
