@@ -145,6 +145,7 @@ class Chain:
         found = order.gather(1, (chosen // 64).long()) * 64 + chosen % 64
         self.selection = Selection(chosen, found, torch.full((rows,), TOP_K, dtype=torch.int32, device=DEVICE))
         self.gathers = False
+        self.without: frozenset[str] = frozenset()  # launches to leave out; what they would give stays the same
         self.choice = defaults(rows)
         self.projected, self.attended, self.inner = (torch.randn(rows, n, **new) for n in (QKV, HEADS * D, F))
 
@@ -186,8 +187,11 @@ class Chain:
         x = self.x
         attend = self.gather if self.gathers else self.attend
         for i in range(len(self.windows)):
-            x = self.output(i, x, attend(i, self.qkv(i, x)))
-            x = self.down(i, x, self.gate(i, x))
+            q = None if "qkv" in self.without else self.qkv(i, x)
+            o = None if "attend" in self.without else attend(i, q)
+            x = x if "output" in self.without else self.output(i, x, o)
+            h = None if "gate" in self.without else self.gate(i, x)
+            x = x if "down" in self.without else self.down(i, x, h)
 
     def wrong(self, want: dict[str, torch.Tensor]) -> float:
         got = {name: getattr(self, name)(0).double() for name in want}
@@ -227,6 +231,25 @@ class Chain:
         return statistics.median(times)
 
 
+PARTS = {
+    "products": ("qkv", "output", "gate", "down"),
+    "qkv and output": ("qkv", "output"),
+    "gate": ("gate",),
+    "down": ("down",),
+    "attention": ("attend",),
+}
+
+
+def parts(chain: Chain) -> dict[str, float]:
+    """Microseconds a layer of chains that have a part of the launches."""
+    found = {}
+    for name, kept in PARTS.items():
+        chain.without = frozenset({*SHAPES, "attend"} - {*kept})
+        found[name] = chain.microseconds()
+    chain.without = frozenset()
+    return found
+
+
 def tune(chain: Chain) -> dict[str, Any]:
     start = chain.choice
     want = chain.reference()
@@ -235,6 +258,7 @@ def tune(chain: Chain) -> dict[str, Any]:
     for chain.gathers in (True, False):
         best[chain.gathers] = chain.microseconds()
     row["default_us"] = [best[False], best[True]]
+    row["parts_us"] = parts(chain)
     print(f"rows {chain.rows}: {best[False]:.2f} us a sliding layer, {best[True]:.2f} us one that gathers", flush=True)
 
     def us_of(name: str, choice: Choice) -> float:

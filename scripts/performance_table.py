@@ -27,14 +27,14 @@ their checks passed (`scripts/gpu_check.py`). Floors are the bytes that must mov
 """
 CONCLUSION = """
 What a step loses, and where: it is a chain of {launches} launches that need each other's results. A layer of the self-decoder takes {layer:.0f} us at
-batch 1 where its {layer_mb:.0f} MB would take {layer_floor:.0f}, and {many:.0f} us at batch 32, where it reads {many_floor:.0f} us of weights and windows. Without its attention a layer
-takes 42 and 50 us, gate and up alone, one after the other, 19 and 22, down 11 and 14 (docs/log.md, 2026-11-28): each product has two trips through L2 between the end of
-the one in front and its own sums, a third where K is split, and at batch 32 every program reads the rows of x again, 61 MB a layer. What
-would be needed at batch 32: x read once for several multiprocessors (multicast in clusters, which Triton 3.6 does not offer), the small launches
-at the step's two ends as one, and an attention over windows that fills its memory as the products do. Dense attention at batch 1 is
-bound by what a multiprocessor has on its way: {dense:.0%} of the floor.
+batch 1 where its {layer_mb:.0f} MB would take {layer_floor:.0f}, and {many:.0f} us at batch 32, where it reads {many_floor:.0f} us of weights and windows. Each product has two
+trips through L2 between the end of the one in front and its own sums, a third where K is split, and at batch 32 every program reads its part of
+the rows of x again (what that costs: docs/log.md, 2026-11-28). What would be needed at batch 32: x read once for several multiprocessors (multicast in clusters, which
+Triton 3.6 does not offer), the small launches at the step's two ends as one, and an attention over windows that fills its memory as the products
+do. Dense attention at batch 1 is bound by what a multiprocessor has on its way: {dense:.0%} of the floor.
 
-Not run again since the products changed: what is marked "earlier kernels", and compute-sanitizer over these products.
+Not run again since the products changed: what is marked "earlier kernels", and compute-sanitizer over these products. The step of 357 sequences
+ran with attention tiles for so many that are since back to those of before.
 """
 EARLIER = " (earlier kernels)"
 
@@ -156,8 +156,10 @@ def step_lines(steps: Steps) -> list[str]:
         "|---|---|---|---|---|---|",
         *(_step_row(f"CLSA, batch {batch}", steps["clsa", 131072, batch]) for batch in (1, 8, 32)),
     ]
-    for row in load("decode_fp8")["rows"]:
-        lines.append(_step_row(f"CLSA, batch {row['batch']}, in fp8: {row['fp8'].replace('+', ', ')}", row))
+    for name, mark in (("decode_fp8", ""), ("decode_fp8_state", EARLIER)):
+        for row in load(name)["rows"]:
+            kind = f"in fp8: {row['fp8'].replace('+', ', ')}" if row["fp8"] else "nothing in fp8"
+            lines.append(_step_row(f"CLSA, batch {row['batch']}, {kind}{mark}", row))
     for plan, name in (("yoco", "YOCO dense"), ("transformer", "Transformer")):
         lines.append(_step_row(f"{name}, batch 1", steps[plan, 131072, 1]))
     lines += [
