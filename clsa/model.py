@@ -73,21 +73,25 @@ def _memory_layer(
     """A full or cross layer: write (all rows), leave the rows nobody waits for behind, route, read."""
     c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
     full = layer.kind == "full_attention"
+    written, asked = _through_memory_norm(params, plan, i)
+    stays = i != plan.exit_layer or batch.logits_rows is None
+    made = _projected(ops, params, plan, i, rows, written | asked if stays else written)
     if layer.writes_memory:
-        memory = _write_memory(ops, params, plan, i, rows, memory, batch)
-        if i == plan.exit_layer:
-            if not batch.wants_logits:
-                return rows, memory
-            rows = rows.narrow(ops, batch)
+        memory = _write_memory(ops, params, plan, i, made, rows, memory, batch)
+    if not stays:
+        if not batch.wants_logits:
+            return rows, memory
+        rows = rows.narrow(ops, batch)
+        made = _projected(ops, params, plan, i, rows, asked)
     selection = rows.selection
     if layer.route == "F":
-        norm, indexer = _memory_norm(params, plan, i), weights["indexer"]
-        (q_idx,) = ops.norm_linears(rows.x, norm, c.rms_norm_eps, (indexer["q_proj"],))
-        selection = ops.select(q_idx, memory, rows.queries, c.index_topk, c.index_block_size)
-    attn = weights["self_attn"]
-    (q,) = _heads(c, ops.norm_linears(rows.x, weights["input_layernorm"], c.rms_norm_eps, (attn["q_proj"],)))
+        selection = ops.select(made["q_idx"], memory, rows.queries, c.index_topk, c.index_block_size)
     if full:
-        q = _positioned(ops, c, q, attn["q_norm"], rows.queries)
+        (q,) = _heads(c, (made["q"],))
+        q = _positioned(ops, c, q, weights["self_attn"]["q_norm"], rows.queries)
+    else:
+        norm, q_proj = weights["input_layernorm"], weights["self_attn"]["q_proj"]
+        (q,) = _heads(c, ops.norm_linears(rows.x, norm, c.rms_norm_eps, (q_proj,)))
     if layer.route == "D":
         o = ops.dense_attention(q, memory, rows.queries)
     else:
@@ -96,29 +100,55 @@ def _memory_layer(
     return _finish(ops, weights, c, _Rows(rows.x, rows.queries, selection), o), memory
 
 
-def _memory_norm(params: Params, plan: Plan, i: int) -> Array:
-    """Weight of the norm that K, V and the index are made through: a full layer's own, or the shared memory's."""
-    if plan.layers[i].kind == "full_attention":
-        return params["layers"][i]["input_layernorm"]
-    return params["memory"]["norm"]
+def _through_memory_norm(params: Params, plan: Plan, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights of what a layer writes and of what it asks with, as far as both are made through the same norm.
+
+    In a full layer that is its own norm and takes in the query; the shared memory's norm only makes what is indexed.
+    """
+    layer, weights = plan.layers[i], params["layers"][i]
+    full = layer.kind == "full_attention"
+    written, asked = {}, {}
+    if layer.writes_memory:
+        assert layer.memory is not None
+        source = weights["self_attn"] if full else params["memory"]
+        written = {"k": source["k_proj"], "v": source["v_proj"]}
+        if plan.memory_has_index[layer.memory]:
+            written["k_idx"] = weights["indexer"]["k_proj"] if full else source["index_k_proj"]
+    if layer.route == "F":
+        asked["q_idx"] = weights["indexer"]["q_proj"]
+    if full:
+        asked["q"] = weights["self_attn"]["q_proj"]
+    return written, asked
+
+
+def _projected(
+    ops: Ops, params: Params, plan: Plan, i: int, rows: _Rows, weights: Mapping[str, Any]
+) -> dict[str, Array]:
+    """All rows through the norm of the memory that layer i reads, then through each of the weights: [T, out] each."""
+    if not weights:
+        return {}
+    full = plan.layers[i].kind == "full_attention"
+    norm = params["layers"][i]["input_layernorm"] if full else params["memory"]["norm"]
+    projections = ops.norm_linears(rows.x, norm, plan.config.rms_norm_eps, tuple(weights.values()))
+    return dict(zip(weights, projections, strict=True))
 
 
 def _write_memory(
-    ops: Ops, params: Params, plan: Plan, i: int, rows: _Rows, memory: Memory, batch: StepBatch
+    ops: Ops,
+    params: Params,
+    plan: Plan,
+    i: int,
+    made: Mapping[str, Array],
+    rows: _Rows,
+    memory: Memory,
+    batch: StepBatch,
 ) -> Memory:
     """Append K, V and K_idx of all rows. RoPE and QK norm on full layers only ("RNoPE")."""
-    c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
-    assert layer.memory is not None
-    full = layer.kind == "full_attention"
-    source = weights["self_attn"] if full else params["memory"]
-    projections = [source["k_proj"], source["v_proj"]]
-    if plan.memory_has_index[layer.memory]:
-        projections.append(weights["indexer"]["k_proj"] if full else source["index_k_proj"])
-    k, v, *k_idx = ops.norm_linears(rows.x, _memory_norm(params, plan, i), c.rms_norm_eps, projections)
-    k, v = _heads(c, (k, v))
-    if full:
-        k = _positioned(ops, c, k, source["k_norm"], rows.queries)
-    return ops.write_memory(memory, k, v, k_idx[0] if k_idx else None, batch.slot_mapping)
+    c, layer = plan.config, plan.layers[i]
+    k, v = _heads(c, (made["k"], made["v"]))
+    if layer.kind == "full_attention":
+        k = _positioned(ops, c, k, params["layers"][i]["self_attn"]["k_norm"], rows.queries)
+    return ops.write_memory(memory, k, v, made.get("k_idx"), batch.slot_mapping)
 
 
 def _heads(c: ModelConfig, projected: Sequence[Array]) -> tuple[Array, ...]:

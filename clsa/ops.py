@@ -260,6 +260,10 @@ class Ops(Protocol):
         """Join along the first axis; all other sizes and the dtypes agree."""
         ...
 
+    def resolve(self, tokens: Array, source: Array, sampled: Array) -> Array:
+        """[n], [m], [s], all int32 -> [m]: entry `source[i]` of tokens and, behind them, of what was sampled."""
+        ...
+
     def evaluate(self, *values: Any) -> None:
         """Start the computation of arrays inside these values (tuples, dataclasses); a hint for lazy backends."""
         ...

@@ -102,6 +102,10 @@ def concat(arrays: Sequence[Array]) -> Array:
     return np.concatenate(arrays)
 
 
+def resolve(tokens: Array, source: Array, sampled: Array) -> Array:
+    return np.concatenate([tokens, sampled])[source]
+
+
 def evaluate(*values: Any) -> None:
     pass
 

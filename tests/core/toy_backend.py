@@ -76,6 +76,10 @@ def concat(arrays: Sequence[Box]) -> Box:
     return Box(np.concatenate([array.inside for array in arrays]))
 
 
+def resolve(tokens: Box, source: Box, sampled: Box) -> Box:
+    return Box(np.concatenate([tokens.inside, sampled.inside])[source.inside])
+
+
 def evaluate(*values: Any) -> None:
     pass
 

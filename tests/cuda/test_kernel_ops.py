@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_a_whole_step(kernel_ops: Ops, name: str) -> None:
 
 
 def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attention reads its first keys early only where `norm_linears` came last."""
+    """An attention reads its first keys early only where `norm_linears` or `norm_rope` came last."""
     from clsa_cuda.kernels import ops as module
 
     fresh: list[bool] = []
@@ -67,17 +68,18 @@ def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
     memory = filled_memory(ops, zeros, zeros, None, "float32")
     makers: dict[str, Any] = {
         "norm_linears": lambda: ops.norm_linears(x, weight[0], 1e-6, (weight,)),
+        "norm_rope": lambda: ops.norm_rope(x[:, None], weight[0], 1e-6, rows, 1e4),
         "write_memory": lambda: ops.write_memory(memory, x[:, None], x[:, None], None, rows - 1),
         "embed": lambda: ops.embed(weight, rows),
         "attention": lambda: None,
     }
-    for second in makers:
-        makers["norm_linears"]()
+    for first, second in itertools.product(("write_memory", "norm_linears"), makers):
+        makers[first]()
         makers[second]()
         ops.dense_attention(x[:, None], memory, queries)
         if second == "attention":
             ops.dense_attention(x[:, None], memory, queries)
-    assert fresh == [False, True, True, False, True]
+    assert fresh == [False, False, True, True, True, True, False, False, True, True, False, True]
 
 
 def test_a_large_selection(kernel_ops: Ops) -> None:

@@ -70,6 +70,10 @@ def concat(arrays: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(arrays))
 
 
+def resolve(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
+    return torch.cat([tokens, sampled]).index_select(0, source)
+
+
 def embed(weight: Tensor, tokens: Tensor) -> Tensor:
     # -1 is what `sample` gives where there is nothing to sample from. A step may run before the host has seen it,
     # and an index out of range on a GPU would end the process.

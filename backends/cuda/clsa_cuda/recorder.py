@@ -2,7 +2,8 @@
 
 Between two graphs the device should find nothing else to do. So each shape of step has two recordings, which take
 turns and have buffers of their own: while one runs, the inputs of the other are copied, and what that sampled is read.
-All recordings compute in the same memory, one after the other. What is read while the next one runs lies elsewhere.
+All recordings compute in the same memory, one after the other. What is read while the next one runs lies elsewhere:
+tokens in the place of their turn, where the next step, whose turn is the other one, looks for them.
 """
 
 from __future__ import annotations
@@ -36,9 +37,17 @@ class _Recording:
         self.sampled: Sampled | None = None  # written by each replay, outside of the memory that graphs share
         self.copied = torch.cuda.Event()  # the newest inputs are in `buffer`
         self.done = torch.cuda.Event()  # the newest step here no longer reads `buffer`
-        self.fetched = torch.cuda.Event()  # what `sampled` held was read by those who asked for it
         self.done.record()  # `buffer` may be memory that queued kernels still use
         self.buffer.record_stream(streams(device).inward)  # and is nobody else's while a copy is under way
+
+
+class _Turn:
+    """Where the recordings of one of the two turns leave their tokens, and those of the other find them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
+        self.held: Tensor | None = None  # what `tokens` begins with, as the caller knows it; None: unknown
+        self.fetched = torch.cuda.Event()  # what was sampled in this turn was read by those who asked for it
 
 
 class Recorder:
@@ -51,30 +60,24 @@ class Recorder:
         self._compute, self._device = compute, device
         self._graphs: dict[tuple[Any, int], _Recording] = {}  # by shape and turn
         self._compiled: dict[Any, list[_Kind | None]] = {}  # shapes of step that have run, and what they sampled
+        self._turns = (_Turn(device), _Turn(device))
         self._turn = 0
         self._pool: Any = None
-        self._previous = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
-        self._in_previous: Tensor | None = None  # the tokens, last written by a replay, that `_previous` repeats
-        self._replayed: _Recording | None = None  # by the last call
 
     def __call__(self, inputs: StepInputs, previous: Tensor | None, state: State) -> tuple[Sampled | None, State]:
         torch.cuda.set_device(self._device)
-        in_previous, self._in_previous = self._in_previous, None  # unknown, should anything fail from here on
-        if self._replayed is not None:
-            self._replayed.fetched.record(streams(self._device).outward)  # behind all that was asked for until now
-            self._replayed = None
+        last, self._turn = self._turns[self._turn], 1 - self._turn
+        last.fetched.record(streams(self._device).outward)  # behind all that was asked for until now
         shape, arrays = _flattened(inputs)
-        self._turn = 1 - self._turn
         recording = self._graphs.get((shape, self._turn))
         if recording is None:
             recording = self._graphs[shape, self._turn] = _Recording(inputs, arrays, self._device)
-        if previous is not None and previous is not in_previous:
-            self._previous[: len(previous)].copy_(previous)
+        self._hold(previous, last)
         self._send(recording, arrays)
         try:
             if recording.graph is None:
                 if shape not in self._compiled:
-                    sampled, state = self._compute(recording.inputs, self._previous, state)
+                    sampled, state = self._compute(recording.inputs, last.tokens, state)
                     self._compiled[shape] = [None if x is None else (x.shape, x.dtype) for x in _fields(sampled)]
                     return sampled, state
                 self._record(recording, self._compiled[shape], state)
@@ -82,6 +85,13 @@ class Recorder:
         finally:
             recording.done.record()
         return recording.sampled, state
+
+    def _hold(self, previous: Tensor | None, turn: _Turn) -> None:
+        """Have the tokens that this step begins with where its recording looks for them."""
+        if previous is not None and previous is not turn.held:
+            turn.held = None
+            torch.cuda.current_stream().wait_event(turn.fetched)
+            turn.tokens[: len(previous)].copy_(previous)
 
     def _send(self, recording: _Recording, arrays: list[np.ndarray]) -> None:
         """Copy the inputs while the step before still runs. The host waits only if it is two steps ahead."""
@@ -97,7 +107,7 @@ class Recorder:
     def _record(self, recording: _Recording, kinds: list[_Kind | None], state: State) -> None:
         """Recording computes nothing; the state is written in place, so its addresses are good for every replay."""
         graph, capture = torch.cuda.CUDAGraph(), streams(self._device).capture
-        results = [None if kind is None else torch.empty(kind[0], dtype=kind[1], device=self._device) for kind in kinds]
+        results = self._results(kinds)
         # The inner context leaves its stream behind where a capture fails; the outer one puts the current one back.
         # Other threads may allocate and wait meanwhile, only this one may not.
         with (
@@ -105,22 +115,28 @@ class Recorder:
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, self._pool, capture, capture_error_mode="thread_local"),
         ):
-            sampled, _ = self._compute(recording.inputs, self._previous, state)
+            sampled, _ = self._compute(recording.inputs, self._turns[1 - self._turn].tokens, state)
             for x, result in zip(_fields(sampled), results, strict=True):
                 if x is not None:
                     torch.add(x, 0, out=result)  # a kernel: a copy would become two nodes
-            if sampled is not None:
-                # Whatever reads `_previous` in this step comes before it.
-                torch.add(sampled.tokens, 0, out=self._previous[: len(sampled.tokens)])
         self._pool = self._pool or graph.pool()
         recording.graph, recording.sampled = graph, Sampled(*results) if results else None
 
+    def _results(self, kinds: list[_Kind | None]) -> list[Tensor | None]:
+        """Where a recording of this turn leaves what it samples: tokens in the turn's own place."""
+        results = [None if kind is None else torch.empty(kind[0], dtype=kind[1], device=self._device) for kind in kinds]
+        if results:
+            assert kinds[0] is not None and kinds[0][1] == torch.int32
+            results[0] = self._turns[self._turn].tokens[: kinds[0][0][0]]
+        return results
+
     def _replay(self, recording: _Recording) -> None:
         assert recording.graph is not None
-        torch.cuda.current_stream().wait_event(recording.fetched)
+        turn = self._turns[self._turn]
+        turn.held = None
+        torch.cuda.current_stream().wait_event(turn.fetched)
         recording.graph.replay()
-        self._replayed = recording
-        self._in_previous = None if recording.sampled is None else recording.sampled.tokens
+        turn.held = None if recording.sampled is None else recording.sampled.tokens
 
 
 def _fields(sampled: Sampled | None) -> list[Tensor | None]:

@@ -86,6 +86,10 @@ def concat(arrays: Sequence[mx.array]) -> mx.array:
     return mx.concatenate(list(arrays))
 
 
+def resolve(tokens: mx.array, source: mx.array, sampled: mx.array) -> mx.array:
+    return mx.concatenate([tokens, sampled])[source]
+
+
 def evaluate(*values: Any) -> None:
     mx.async_eval(*arrays_in(values))
 
@@ -142,6 +146,7 @@ __all__ = [
     "norm_swiglu",
     "quantized_weight",
     "record",
+    "resolve",
     "rms_norm",
     "sample",
     "select",

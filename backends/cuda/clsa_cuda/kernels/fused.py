@@ -12,6 +12,28 @@ from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 _SWIGLU_BLOCK = 1024
+_RESOLVE_BLOCK = 128
+
+
+@triton.jit
+def _resolve_kernel(
+    tokens,  # [n]
+    source,  # [m]
+    sampled,  # [s]
+    out,  # [m]
+    num_tokens,
+    size,  # m
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Program b: block b of out."""
+    wait(OVERLAP)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    place = tl.load(source + i, mask=mask, other=0)
+    known = tl.load(tokens + place, mask=mask & (place < num_tokens), other=0)
+    late = tl.load(sampled + (place - num_tokens), mask=mask & (place >= num_tokens), other=0)
+    tl.store(out + i, tl.where(place < num_tokens, known, late), mask=mask)
 
 
 @triton.jit
@@ -120,6 +142,27 @@ def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr
 def _rows(x: Tensor) -> Tensor:
     """[..., C] as [T, C], without a copy where rows are evenly spaced."""
     return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
+
+
+def resolve(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
+    """`Ops.resolve`."""
+    assert tokens.is_contiguous() and source.is_contiguous() and sampled.is_contiguous()
+    (size,) = source.shape
+    out = torch.empty(size, dtype=tokens.dtype, device=tokens.device)
+    if size:
+        _resolve_kernel[triton.cdiv(size, _RESOLVE_BLOCK),](
+            tokens,
+            source,
+            sampled,
+            out,
+            tokens.shape[0],
+            size,
+            BLOCK=_RESOLVE_BLOCK,
+            OVERLAP=limits(tokens.device).early_launch,
+            **launch_options(limits(tokens.device)),
+            num_warps=1,
+        )
+    return out
 
 
 def embed(weight: Tensor, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from clsa_cuda import plain
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
-from clsa_cuda.kernels.fused import embed, norm_rope, rms_norm, swiglu
+from clsa_cuda.kernels.fused import embed, norm_rope, resolve, rms_norm, swiglu
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.greedy import greedy
 from clsa_cuda.kernels.linear import linear
@@ -30,18 +30,18 @@ class KernelOps(TorchOps):
     The plain torch ops remain for a selection of blocks, and for an index_topk above `MAX_SELECTED`.
 
     An attention may read its first keys before the launch in front of it has ended, but nothing that this launch or
-    work outside of this class may just have made (see `overlap`). Behind `norm_linears`, which waited for all of that,
-    only the queries are new.
+    work outside of this class may just have made (see `overlap`). Behind `norm_linears` and `norm_rope`, which waited
+    for all of that, only the queries are new.
     """
 
-    _settled = False  # whether nothing but activations was made since the last `norm_linears`
+    _settled = False  # whether nothing but activations was made since the last of them
 
+    resolve = staticmethod(resolve)
     linear = staticmethod(linear)
     linears = staticmethod(linears)
     add_linear = staticmethod(add_linear)
     norm_swiglu = staticmethod(norm_swiglu)
     rms_norm = staticmethod(rms_norm)
-    norm_rope = staticmethod(norm_rope)
     swiglu = staticmethod(swiglu)
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -54,6 +54,11 @@ class KernelOps(TorchOps):
         projected = norm_linears(x, norm, eps, weights, None if dtype is None else plain.DTYPES[dtype])
         self._settled = True
         return projected
+
+    def norm_rope(self, x: Tensor, weight: Tensor, eps: float, positions: Tensor, theta: float) -> Tensor:
+        out = norm_rope(x, weight, eps, positions, theta)
+        self._settled = True
+        return out
 
     def write_memory(self, memory: Memory, k: Tensor, v: Tensor, k_idx: Tensor | None, slot_mapping: Tensor) -> Memory:
         self._settled = False
@@ -96,7 +101,7 @@ class KernelOps(TorchOps):
         return attend_window(q, k, v, norms, window, queries, ring_mapping, fresh=self._left_fresh())
 
     def _left_fresh(self) -> bool:
-        """Whether an attention must not read ahead. The next one must not either, unless `norm_linears` comes first."""
+        """Whether an attention must not read ahead. The next one must not either, unless one that waits comes first."""
         fresh, self._settled = not self._settled, False
         return fresh
 
