@@ -252,16 +252,15 @@ class Ops(Protocol):
         """Bytes that one stored value of this dtype, or "fp8", takes (float64 on the specification: 8)."""
         ...
 
-    def take(self, x: Array, rows: Array) -> Array:
-        """Rows of `x` along the first axis: [T, ...], [R] int32 -> [R, ...]."""
+    def take(self, x: Array, rows: Array, behind: Array | None = None) -> Array:
+        """Rows of `x` along the first axis: [T, ...], [R] int32 -> [R, ...].
+
+        Row T and those after it are the first of `behind` [S, ...] and those after it, of the same dtype.
+        """
         ...
 
     def concat(self, arrays: Sequence[Array]) -> Array:
         """Join along the first axis; all other sizes and the dtypes agree."""
-        ...
-
-    def resolve(self, tokens: Array, source: Array, sampled: Array) -> Array:
-        """[n], [m], [s], all int32 -> [m]: entry `source[i]` of tokens and, behind them, of what was sampled."""
         ...
 
     def evaluate(self, *values: Any) -> None:

@@ -66,4 +66,4 @@ def resolve(ops: Ops, tokens: Array, source: Array | None, previous: Array | Non
     """Tokens, with those filled in that were still on the device. See `StepInputs`."""
     if source is None or previous is None:
         return tokens
-    return ops.resolve(tokens.reshape(-1), source, previous).reshape(*tokens.shape)
+    return ops.take(tokens.reshape(-1), source, previous).reshape(*tokens.shape)

@@ -94,16 +94,12 @@ def itemsize(dtype: str) -> int:
     return 1 if dtype == FP8 else 8
 
 
-def take(x: Array, rows: Array) -> Array:
-    return x[rows]
+def take(x: Array, rows: Array, behind: Array | None = None) -> Array:
+    return (x if behind is None else np.concatenate([x, behind]))[rows]
 
 
 def concat(arrays: Sequence[Array]) -> Array:
     return np.concatenate(arrays)
-
-
-def resolve(tokens: Array, source: Array, sampled: Array) -> Array:
-    return np.concatenate([tokens, sampled])[source]
 
 
 def evaluate(*values: Any) -> None:

@@ -68,16 +68,12 @@ def itemsize(dtype: str) -> int:
     return 4
 
 
-def take(x: Box, rows: Box) -> Box:
-    return Box(x.inside[rows.inside])
+def take(x: Box, rows: Box, behind: Box | None = None) -> Box:
+    return Box((x if behind is None else concat([x, behind])).inside[rows.inside])
 
 
 def concat(arrays: Sequence[Box]) -> Box:
     return Box(np.concatenate([array.inside for array in arrays]))
-
-
-def resolve(tokens: Box, source: Box, sampled: Box) -> Box:
-    return Box(np.concatenate([tokens.inside, sampled.inside])[source.inside])
 
 
 def evaluate(*values: Any) -> None:

@@ -81,8 +81,8 @@ def test_gather_attention(
     assert_close("gather_attention", dtype, result, want, case)
 
 
-@pytest.mark.parametrize("splits, block_n", [(1, 32), (3, 16), (5, 128)])
-@pytest.mark.parametrize("heads, kv_heads, pack", [(10, 2, 2), (20, 4, 2), (20, 4, 4)])
+@pytest.mark.parametrize("splits, block_n", [(1, 32), (3, 16), (5, 128), (19, 16)])
+@pytest.mark.parametrize("heads, kv_heads, pack", [(10, 2, 1), (10, 2, 2), (20, 4, 4)])
 def test_several_kv_heads_in_one_program(
     ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int, pack: int
 ) -> None:

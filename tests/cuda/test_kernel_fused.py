@@ -54,11 +54,11 @@ def test_embed(dtype: str, num_tokens: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(("known", "sampled", "wanted"), [(1, 1, 1), (0, 3, 2), (32, 4096, 32), (33, 7, 300)])
-def test_resolve(known: int, sampled: int, wanted: int) -> None:
+def test_take_tokens(known: int, sampled: int, wanted: int) -> None:
     rng = np.random.default_rng(known)
     both = torch.from_numpy(rng.integers(-1, 2**31 - 1, known + sampled, np.int32)).to(DEVICE)
     source = torch.from_numpy(rng.integers(0, known + sampled, wanted, np.int32)).to(DEVICE)
-    assert torch.equal(fused.resolve(both[:known], source, both[known:]), both[source.long()])
+    assert torch.equal(fused.take_tokens(both[:known], source, both[known:]), both[source.long()])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,4 +1,4 @@
-"""asarray, to_numpy, cast, itemsize, concat, resolve, memory_stats: what goes in comes out, and nothing is shared."""
+"""asarray, to_numpy, cast, itemsize, concat, memory_stats: what goes in comes out, and nothing is shared."""
 
 from __future__ import annotations
 
@@ -79,18 +79,6 @@ def test_concat(ops: Ops, dtype: str) -> None:
     parts = [np.full((n, 3), n, np.float32).astype(NUMPY_DTYPES[dtype]) for n in (1, 63, 2)]
     out = host(ops, ops.concat([ops.asarray(part) for part in parts]), dtype)
     assert np.array_equal(out, np.concatenate(parts).astype(np.float64))
-
-
-@pytest.mark.parametrize(
-    ("known", "sampled", "wanted"), [(1, 1, 1), (5, 0, 5), (0, 3, 2), (32, 4096, 32), (33, 7, 300)]
-)
-def test_resolve(ops: Ops, known: int, sampled: int, wanted: int) -> None:
-    rng = np.random.default_rng(known)
-    both = rng.integers(-1, 2**31 - 1, known + sampled, np.int32)
-    source = rng.integers(0, known + sampled, wanted, np.int32)
-    source[:2] = [known + sampled - 1, 0][: min(2, wanted)]
-    out = ops.to_numpy(ops.resolve(*map(ops.asarray, (both[:known], source, both[known:]))))
-    assert out.dtype == np.int32 and np.array_equal(out, both[source])
 
 
 def test_memory_stats(ops: Ops) -> None:

@@ -131,7 +131,6 @@ class TorchOps(Blocks):
     itemsize = staticmethod(plain.itemsize)
     take = staticmethod(plain.take)
     concat = staticmethod(plain.concat)
-    resolve = staticmethod(plain.resolve)
     embed = staticmethod(plain.embed)
     linear = staticmethod(plain.linear)
     rms_norm = staticmethod(plain.rms_norm)

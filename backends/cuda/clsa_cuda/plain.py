@@ -60,7 +60,9 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     return wide.to(weight.scales.dtype).flatten(1)
 
 
-def take(x: Tensor, rows: Tensor) -> Tensor:
+def take(x: Tensor, rows: Tensor, behind: Tensor | None = None) -> Tensor:
+    if behind is not None:
+        x = torch.cat([x, behind])
     if x.dtype == FLOAT8:  # torch has few functions for it, and moves bytes just as well
         return x.view(torch.uint8).index_select(0, rows).view(FLOAT8)
     return x.index_select(0, rows)
@@ -68,10 +70,6 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 def concat(arrays: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(arrays))
-
-
-def resolve(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
-    return torch.cat([tokens, sampled]).index_select(0, source)
 
 
 def embed(weight: Tensor, tokens: Tensor) -> Tensor:

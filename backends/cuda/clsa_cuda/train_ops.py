@@ -118,7 +118,6 @@ class TrainOps(Blocks):
     itemsize = staticmethod(plain.itemsize)
     take = staticmethod(plain.take)
     concat = staticmethod(plain.concat)
-    resolve = staticmethod(plain.resolve)
     embed = staticmethod(plain.embed)
     linear = staticmethod(plain.linear)
     linears = staticmethod(plain.linears)

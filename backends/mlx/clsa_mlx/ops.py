@@ -78,16 +78,12 @@ def itemsize(dtype: str) -> int:
     return 1 if dtype == FP8 else int(DTYPES[dtype].size)
 
 
-def take(x: mx.array, rows: mx.array) -> mx.array:
-    return x[rows]
+def take(x: mx.array, rows: mx.array, behind: mx.array | None = None) -> mx.array:
+    return (x if behind is None else mx.concatenate([x, behind]))[rows]
 
 
 def concat(arrays: Sequence[mx.array]) -> mx.array:
     return mx.concatenate(list(arrays))
-
-
-def resolve(tokens: mx.array, source: mx.array, sampled: mx.array) -> mx.array:
-    return mx.concatenate([tokens, sampled])[source]
 
 
 def evaluate(*values: Any) -> None:
@@ -146,7 +142,6 @@ __all__ = [
     "norm_swiglu",
     "quantized_weight",
     "record",
-    "resolve",
     "rms_norm",
     "sample",
     "select",

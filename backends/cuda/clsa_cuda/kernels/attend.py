@@ -35,6 +35,7 @@ def _merge(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,  # so many splits' loads in flight
 ):
     """Write the heads of one tile from the results of all splits, in their order."""
     BLOCK_H: tl.constexpr = triton.next_power_of_2(HEADS)
@@ -46,7 +47,6 @@ def _merge(
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    UNROLL: tl.constexpr = 8 if BLOCK_H * BLOCK_D <= 1024 else 4  # so many splits' loads in flight
     for start in range(0, splits, UNROLL):
         for j in tl.static_range(UNROLL):
             i = start + j
@@ -194,6 +194,7 @@ def _attend_kernel(
     WINDOW: tl.constexpr,  # "ring" only: q and own_k are projections; norm, turn, and write the token to the ring
     FRESH: tl.constexpr,  # whether more than q and the own tokens may have been made by the kernel in front
     LAST: tl.constexpr,
+    MERGED: tl.constexpr,  # splits whose results are read at once
     OVERLAP: tl.constexpr,
 ):
     """Program (t * PARTS + part, split): see above."""
@@ -300,7 +301,7 @@ def _attend_kernel(
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            _merge(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D)
+            _merge(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D, MERGED)
             tl.store(arrived + tl.program_id(0), 0)
 
 
@@ -311,6 +312,15 @@ class Arrival:
     norms: HeadNorms
     frequencies: Tensor  # [D / 2] float32
     mapping: Tensor  # [T] int32 row of the ring, -1: nowhere
+
+
+def merged(splits: int, heads: int, head_dim: int) -> int:
+    """How many splits the last program reads at once: each round is a trip to L2, and what is read are registers.
+
+    A query that fills the device alone has 33 splits on an H200: two rounds.
+    """
+    most = 17 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
+    return next((n for n in (2, 4, 8) if splits <= n <= most), most)
 
 
 def attend_rows(
@@ -387,6 +397,7 @@ def attend_rows(
         WINDOW=arrival is not None,
         FRESH=fresh,
         LAST=tiles.last,
+        MERGED=merged(splits, tiles.pack * repeat, head_dim),
         OVERLAP=device.early_launch,
         num_warps=tiles.num_warps,
         **launch_options(device),

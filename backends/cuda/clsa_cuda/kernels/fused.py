@@ -12,11 +12,11 @@ from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 _SWIGLU_BLOCK = 1024
-_RESOLVE_BLOCK = 128
+_TOKENS_BLOCK = 128
 
 
 @triton.jit
-def _resolve_kernel(
+def _take_tokens_kernel(
     tokens,  # [n]
     source,  # [m]
     sampled,  # [s]
@@ -144,20 +144,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
 
 
-def resolve(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
-    """`Ops.resolve`."""
+def take_tokens(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
+    """`Ops.take` of [n] and, behind them, [s] integers: [m] of them, in one launch."""
     assert tokens.is_contiguous() and source.is_contiguous() and sampled.is_contiguous()
     (size,) = source.shape
     out = torch.empty(size, dtype=tokens.dtype, device=tokens.device)
     if size:
-        _resolve_kernel[triton.cdiv(size, _RESOLVE_BLOCK),](
+        _take_tokens_kernel[triton.cdiv(size, _TOKENS_BLOCK),](
             tokens,
             source,
             sampled,
             out,
             tokens.shape[0],
             size,
-            BLOCK=_RESOLVE_BLOCK,
+            BLOCK=_TOKENS_BLOCK,
             OVERLAP=limits(tokens.device).early_launch,
             **launch_options(limits(tokens.device)),
             num_warps=1,

@@ -11,6 +11,8 @@ from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import launch_options, limits
 
 _BLOCK = 1024
+_AT_ONCE = 4
+_MAX_SPLITS = 64
 _NAN = tl.constexpr(2**31 - 1)  # above +inf: a row with NaN in it has no best logit
 _LAST_FINITE = tl.constexpr(0x7F7FFFFF)
 
@@ -31,6 +33,7 @@ def _greedy_kernel(
     V,
     splits,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # blocks whose loads do not wait for each other
     MAX_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -39,11 +42,13 @@ def _greedy_kernel(
     r = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     per_split = tl.cdiv(tl.cdiv(V, splits), BLOCK) * BLOCK
+    stop = tl.minimum((split + 1) * per_split, V)
     found = tl.full([BLOCK], -(2**63), tl.int64)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, V), BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        key = _ordered(tl.load(logits + r * V + i, mask=i < V, other=float("-inf")))
-        found = tl.maximum(found, tl.where(i < V, (key.to(tl.int64) << 32) + (V - i), -(2**63)))
+    for start in range(split * per_split, stop, BLOCK * AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            i = start + j * BLOCK + tl.arange(0, BLOCK)
+            key = _ordered(tl.load(logits + r * V + i, mask=i < stop, other=float("-inf")))
+            found = tl.maximum(found, tl.where(i < stop, (key.to(tl.int64) << 32) + (V - i), -(2**63)))
     tl.store(best + r * splits + split, tl.max(found))
     tl.debug_barrier()  # all of this program's stores come before its arrival
     if tl.atomic_add(arrived + r, 1, sem="acq_rel") == splits - 1:
@@ -65,8 +70,7 @@ def greedy(logits: Tensor) -> Tensor:
     if num_rows == 0:
         return tokens
     device = limits(logits.device)
-    # A program has one block on its way at a time, so there are many of them.
-    splits = max(1, min(64, 8 * device.sm_count // num_rows, triton.cdiv(vocab_size, _BLOCK)))
+    splits = min(_MAX_SPLITS, max(1, triton.cdiv(vocab_size, _BLOCK * _AT_ONCE)))
     _greedy_kernel[num_rows, splits](
         logits,
         tokens,
@@ -75,7 +79,8 @@ def greedy(logits: Tensor) -> Tensor:
         vocab_size,
         splits,
         BLOCK=_BLOCK,
-        MAX_SPLITS=64,
+        AT_ONCE=_AT_ONCE,
+        MAX_SPLITS=_MAX_SPLITS,
         OVERLAP=device.early_launch,
         num_warps=4,
         **launch_options(device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Weight, Window
@@ -11,7 +12,7 @@ from clsa_cuda import plain
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
-from clsa_cuda.kernels.fused import embed, norm_rope, resolve, rms_norm, swiglu
+from clsa_cuda.kernels.fused import embed, norm_rope, rms_norm, swiglu, take_tokens
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.greedy import greedy
 from clsa_cuda.kernels.linear import linear
@@ -36,13 +37,17 @@ class KernelOps(TorchOps):
 
     _settled = False  # whether nothing but activations was made since the last of them
 
-    resolve = staticmethod(resolve)
     linear = staticmethod(linear)
     linears = staticmethod(linears)
     add_linear = staticmethod(add_linear)
     norm_swiglu = staticmethod(norm_swiglu)
     rms_norm = staticmethod(rms_norm)
     swiglu = staticmethod(swiglu)
+
+    def take(self, x: Tensor, rows: Tensor, behind: Tensor | None = None) -> Tensor:
+        if behind is None or x.dtype != torch.int32 or x.dim() > 1:
+            return TorchOps.take(x, rows, behind)
+        return take_tokens(x, rows, behind)
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
         self._settled = False  # a step begins, and its caller may have made anything

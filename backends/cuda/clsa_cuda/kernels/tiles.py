@@ -134,11 +134,18 @@ def attention_tiles(
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
+    room = device.shared_memory * 3 // 5
     block_n, buffers, last = 128, 0, True
+    alone = device.sm_count // pairs  # splits if a multiprocessor takes one program
+    alone_is_best = 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * device.sm_count and 256 * row_bytes <= room
     if ring:
         wanted, buffers = device.sm_count // (2 * pairs), 1
+        if wanted == 1 and 4 * pairs <= 2 * device.sm_count:  # two programs each, one for the own token among them
+            block_n, wanted = 64, 3
     elif pairs * (max_keys // 128) <= device.sm_count:
         wanted = max_keys // 128  # a block each
+    elif max_keys > 2 * MAX_SELECTED and alone_is_best:
+        wanted, buffers, last = alone, 2, False
     elif max_keys > 2 * MAX_SELECTED:
         wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
         block_n, buffers = 64, 2
@@ -148,12 +155,12 @@ def attention_tiles(
         wanted, last = 2 * device.sm_count // pairs, False
     else:
         block_n, wanted, buffers, last = 64, 1, 1, False
-    room = device.shared_memory * 3 // 5  # one buffer is that of the first block
-    while block_n > 16 and (buffers + 1) * block_n * row_bytes > room:
+    first = buffers == 0 or last  # the block that is read first counts as a buffer
+    while block_n > 16 and (buffers + first) * block_n * row_bytes > room:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
-    buffers = min(buffers, max(1, room // (block_n * row_bytes) - 1))
+    buffers = min(buffers, max(1, room // (block_n * row_bytes) - first))
     return AttentionTiles(
         block_n=block_n,
         splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import Memory, Window
-from clsa_cuda.kernels.tiles import next_power_of_2
+from clsa_cuda.kernels.overlap import wait
+from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 
 @triton.jit
@@ -34,8 +35,10 @@ def _write_kernel(
     BLOCK_E: tl.constexpr,
     I: tl.constexpr,  # 0: there is no index key
     BLOCK_I: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program t: token t, or nothing if it is mapped to -1."""
+    wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(mapping + t).to(tl.int64)
     if row >= 0:
@@ -73,7 +76,9 @@ def _write(
         BLOCK_E=next_power_of_2(row_size),
         I=index_dim,
         BLOCK_I=next_power_of_2(max(1, index_dim)),
+        OVERLAP=limits(k.device).early_launch,
         num_warps=2,
+        **launch_options(limits(k.device)),
     )
 
 
