@@ -28,7 +28,8 @@ class Launch(NamedTuple):
 
 _PRODUCTS = {
     "qkv": "q, k, v of sliding layers",
-    "kv": "k, v and index key of memories",
+    "full_qkv": "q, k, v and index of full layers",
+    "memory": "k, v and index of the memory",
     "q": "q of layers that read a memory",
     "index_q": "q of the index",
     "o": "output projections",
@@ -89,35 +90,28 @@ def _product(name: str, config: ModelConfig) -> str:
     if "norm" in name:
         return "norms"
     if parts[1] != "layers":
-        return "kv" if parts[1] == "memory" else "head"
-    what = ".".join(parts[3:5])
-    if (
-        config.layer_types[int(parts[2])] == "sliding_attention"
-        and what.startswith("self_attn.")
-        and "o_proj" not in what
-    ):
-        return "qkv"
-    return {
-        "self_attn.q_proj": "q",
-        "self_attn.k_proj": "kv",
-        "self_attn.v_proj": "kv",
-        "self_attn.o_proj": "o",
-        "indexer.q_proj": "index_q",
-        "indexer.k_proj": "kv",
-        "mlp.gate_proj": "gate_up",
-        "mlp.up_proj": "gate_up",
-        "mlp.down_proj": "down",
-    }[what]
+        return "memory" if parts[1] == "memory" else "head"
+    layer, what = make_plan(config).layers[int(parts[2])], parts[4]
+    if what == "o_proj":
+        return "o"
+    if parts[3] == "mlp":
+        return "down" if what == "down_proj" else "gate_up"
+    if layer.kind != "cross_attention":
+        return "qkv" if layer.kind == "sliding_attention" else "full_qkv"
+    if parts[3] == "indexer":
+        return "memory" if layer.writes_memory else "index_q"
+    return "q"
 
 
 def _products(config: ModelConfig, closing: bool) -> list[str]:
     """The products of a step in the order of `clsa.model.forward`; `closing`: those that end a layer too."""
     names = []
     for layer in make_plan(config).layers:
-        if layer.window is not None:
-            names.append("qkv")
+        if layer.kind == "cross_attention":
+            names += ["memory"] * layer.writes_memory + ["index_q"] * (layer.route == "F" and not layer.writes_memory)
+            names.append("q")
         else:
-            names += ["kv"] * layer.writes_memory + ["q"] + ["index_q"] * (layer.route == "F")
+            names.append("qkv" if layer.kind == "sliding_attention" else "full_qkv")
         names += _CLOSING if closing else ()
     return [*names, "head"]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+from clsa import spec
+from clsa.batch import SequenceChunk, build_batch
 from clsa.bench.floors import decode_bytes
 from clsa.bench.sizes import PLANS, plan_config
 from clsa.config import ModelConfig
+from clsa.model import forward, new_state
+from clsa.params import init_params, nest
 from clsa.plan import make_plan
-from scripts.step_profile import Launch, part_bytes, step_profile
+from scripts.step_profile import Launch, _products, part_bytes, step_profile
 
 CONTEXT, BATCH, READ = 131072, 8, 4e12
 
@@ -18,9 +25,10 @@ def step_of(config: ModelConfig, fused: bool) -> list[tuple[str, float]]:
     kernels: list[tuple[str, float]] = [("void at::native::indexSelectSmallIndex<c10::BFloat16>(...)", 2.0)]
     closing = [("_close_layer_kernel", 30.0)] if fused else [("_ring_kernel", us) for us in (6.0, 20.0, 14.0)]
     for layer in make_plan(config).layers:
-        kernels += [("_linear_kernel", 4.0)] * layer.writes_memory + [("_linear_kernel", 8.0)]
-        if layer.route == "F":
-            kernels += [("_linear_kernel", 3.0), ("_score_kernel", 20.0), ("_pick_kernel", 15.0)]
+        cross, routes = layer.kind == "cross_attention", layer.route == "F"
+        kernels += [("_linear_kernel", 4.0)] * (cross and (layer.writes_memory or routes))
+        kernels += [("_score_kernel", 20.0), ("_pick_kernel", 15.0)] * routes
+        kernels.append(("_linear_kernel", 8.0))
         kernels += [("_attend_kernel", 10.0), *closing]
     return [*kernels, ("_linear_kernel", 180.0), ("void at::native::reduce_kernel<512, 1>(...)", 8.0)]
 
@@ -64,7 +72,7 @@ def test_rows_of_clsa_by_hand() -> None:
     assert closing["bytes"] == 2 * 32 * (2560 * 2560 + 3 * 2560 * 7680) and closing["us"] == pytest.approx(32 * 30)
     assert rows["_linear_kernel qkv"]["bytes"] == 2 * 16 * 2560 * (2560 + 2 * 512)
     others = got["kernels"][-1]
-    assert others["kernel"] == "5 others"  # top-k, k and v, q of the index, the reduction, the embedding
+    assert others["kernel"] == "4 others"  # top-k, what is made for the memory, the reduction, the embedding
     assert others["bytes"] == BATCH * 4 * (CONTEXT + 151936) + 2 * 2560 * (2 * 512 + 128 + 128)
 
 
@@ -79,7 +87,33 @@ def test_products_are_told_apart() -> None:
     assert (rows["_ring_kernel o"]["launches"], rows["_linear_kernel q"]["launches"]) == (32, 16)
     more = [*step_of(config, False), ("_linear_kernel", 1.0)]  # one that nobody knows: then none is told apart
     rows = {row["kernel"]: row for row in step_profile(trace(more, 2), 2, config, 64, 1, 2, READ)["kernels"]}
-    assert "_ring_kernel o" not in rows and rows["_ring_kernel"]["launches"] + rows["_linear_kernel"]["launches"] == 132
+    assert "_ring_kernel o" not in rows and rows["_ring_kernel"]["launches"] + rows["_linear_kernel"]["launches"] == 131
+
+
+class _Products:
+    """The specification, with the products of a step counted as launches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(spec, name)
+
+        def counted(*args: Any) -> Any:
+            self.count += {"norm_linears": 1, "close_layer": 3}.get(name, 0)
+            return op(*args)
+
+        return counted
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_model_has_the_products_that_are_told_apart(plan: str) -> None:
+    config = plan_config("tiny", plan, 200)
+    ops, layers = _Products(), make_plan(config)
+    params = nest({name: x.astype(np.float64) for name, x in init_params(config, 0).items()})
+    batch = build_batch(ops, [SequenceChunk([1], 70, [1, 0], 0, "last")], config.sliding_window)
+    forward(ops, params, layers, batch, new_state(spec, layers, 128, 1, "float32"))
+    assert ops.count == len(_products(config, True))
 
 
 def test_overlap_is_told() -> None:
