@@ -81,8 +81,18 @@ def test_gather_attention(
     assert_close("gather_attention", dtype, result, want, case)
 
 
-@pytest.mark.parametrize("splits, block_n", [(1, 32), (3, 16), (5, 128), (19, 16)])
-@pytest.mark.parametrize("heads, kv_heads, pack", [(10, 2, 1), (10, 2, 2), (20, 4, 4)])
+@pytest.mark.parametrize(
+    "splits, block_n, heads, kv_heads, pack",
+    [
+        (19, 16, 5, 1, 1),  # more than are merged at once
+        (1, 32, 10, 2, 2),
+        (3, 16, 10, 2, 2),
+        (5, 128, 10, 2, 2),
+        (3, 16, 20, 4, 2),
+        (1, 32, 20, 4, 4),
+        (5, 128, 20, 4, 4),
+    ],
+)
 def test_several_kv_heads_in_one_program(
     ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int, pack: int
 ) -> None:
