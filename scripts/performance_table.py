@@ -203,6 +203,11 @@ def kernel_lines(kernels: dict[str, Any]) -> list[str]:
         lines.append(
             f"| dense attention, batch {batch} (`clsa bench ops`) | {ms:.4f} | {floor:.4f} | 85 % of the floor: {floor / 0.85:.3f} |"
         )
+    for op, words in (("sample", "greedy choice"), ("sample_top_p", "sampling with top-p, sorted by torch")):
+        for batch in (1, 8, 32):
+            row = of_ops(op, batch)
+            ms, floor = row["seconds"] * 1e3, row["floor_seconds"] * 1e3
+            lines.append(f"| {words}, batch {batch} (`clsa bench ops`) | {ms:.4f} | {floor:.4f} | |")
     return [*lines, "", "![Ops against the ceilings of the machine](roofline.svg)"]
 
 
