@@ -73,16 +73,19 @@ def _memory_layer(
     """A full or cross layer: write (all rows), leave the rows nobody waits for behind, route, read."""
     c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
     full = layer.kind == "full_attention"
-    written, asked = _through_memory_norm(params, plan, i)
+    norm, written, asked = _through_memory_norm(params, plan, i)
     stays = i != plan.exit_layer or batch.logits_rows is None
-    made = _projected(ops, params, plan, i, rows, written | asked if stays else written)
+    made = _projected(ops, c, rows.x, norm, written | asked if stays else written)
     if layer.writes_memory:
-        memory = _write_memory(ops, params, plan, i, made, rows, memory, batch)
+        k, v = _heads(c, (made["k"], made["v"]))
+        if full:  # no positions in the shared memory ("RNoPE")
+            k = _positioned(ops, c, k, weights["self_attn"]["k_norm"], rows.queries)
+        memory = ops.write_memory(memory, k, v, made.get("k_idx"), batch.slot_mapping)
     if not stays:
         if not batch.wants_logits:
             return rows, memory
         rows = rows.narrow(ops, batch)
-        made = _projected(ops, params, plan, i, rows, asked)
+        made = _projected(ops, c, rows.x, norm, asked)
     selection = rows.selection
     if layer.route == "F":
         selection = ops.select(made["q_idx"], memory, rows.queries, c.index_topk, c.index_block_size)
@@ -100,13 +103,14 @@ def _memory_layer(
     return _finish(ops, weights, c, _Rows(rows.x, rows.queries, selection), o), memory
 
 
-def _through_memory_norm(params: Params, plan: Plan, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights of what a layer writes and of what it asks with, as far as both are made through the same norm.
+def _through_memory_norm(params: Params, plan: Plan, i: int) -> tuple[Array, dict[str, Any], dict[str, Any]]:
+    """The norm that K, V and the index are made through, and the weights of what is written and asked through it.
 
-    In a full layer that is its own norm and takes in the query; the shared memory's norm only makes what is indexed.
+    In a full layer that is its own norm, and the query is made through it too. The shared memory has a norm of its own.
     """
     layer, weights = plan.layers[i], params["layers"][i]
     full = layer.kind == "full_attention"
+    norm = weights["input_layernorm"] if full else params["memory"]["norm"]
     written, asked = {}, {}
     if layer.writes_memory:
         assert layer.memory is not None
@@ -118,37 +122,14 @@ def _through_memory_norm(params: Params, plan: Plan, i: int) -> tuple[dict[str, 
         asked["q_idx"] = weights["indexer"]["q_proj"]
     if full:
         asked["q"] = weights["self_attn"]["q_proj"]
-    return written, asked
+    return norm, written, asked
 
 
-def _projected(
-    ops: Ops, params: Params, plan: Plan, i: int, rows: _Rows, weights: Mapping[str, Any]
-) -> dict[str, Array]:
-    """All rows through the norm of the memory that layer i reads, then through each of the weights: [T, out] each."""
+def _projected(ops: Ops, c: ModelConfig, x: Array, norm: Array, weights: Mapping[str, Any]) -> dict[str, Array]:
+    """All rows through a norm and then through each of the weights, in one call: [T, out] each."""
     if not weights:
         return {}
-    full = plan.layers[i].kind == "full_attention"
-    norm = params["layers"][i]["input_layernorm"] if full else params["memory"]["norm"]
-    projections = ops.norm_linears(rows.x, norm, plan.config.rms_norm_eps, tuple(weights.values()))
-    return dict(zip(weights, projections, strict=True))
-
-
-def _write_memory(
-    ops: Ops,
-    params: Params,
-    plan: Plan,
-    i: int,
-    made: Mapping[str, Array],
-    rows: _Rows,
-    memory: Memory,
-    batch: StepBatch,
-) -> Memory:
-    """Append K, V and K_idx of all rows. RoPE and QK norm on full layers only ("RNoPE")."""
-    c, layer = plan.config, plan.layers[i]
-    k, v = _heads(c, (made["k"], made["v"]))
-    if layer.kind == "full_attention":
-        k = _positioned(ops, c, k, params["layers"][i]["self_attn"]["k_norm"], rows.queries)
-    return ops.write_memory(memory, k, v, made.get("k_idx"), batch.slot_mapping)
+    return dict(zip(weights, ops.norm_linears(x, norm, c.rms_norm_eps, tuple(weights.values())), strict=True))
 
 
 def _heads(c: ModelConfig, projected: Sequence[Array]) -> tuple[Array, ...]:

@@ -43,7 +43,7 @@ PARTS = {
         120,
     ),
     "prefill": ("scripts/gpu_prefill.py --out {out}/prefill_kernels.json", 180),
-    "long": ("scripts/gpu_long.py --parts answer,serve --out {out}/long.json", 240),
+    "long": ("scripts/gpu_long.py --parts answer,serve --out {out}/long.json", 300),
     "million": ("scripts/gpu_long.py --parts million --out {out}/million.json", 90),
     "sanitize": ("scripts/gpu_sanitize.py --seconds 150 --out {out}/sanitize.json --logs runs/sanitizer", 170),
     "distill": ("scripts/gpu_distill.py --out {out}/distill.json", 90),

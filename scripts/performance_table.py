@@ -33,7 +33,7 @@ the rows of x again (what that costs: docs/log.md, 2026-11-28). What would be ne
 Triton 3.6 does not offer), and an attention over windows that fills its memory as the products do. Dense attention at batch 1 is bound by
 what a multiprocessor has on its way: {dense:.0%} of the floor.
 
-One H200 is not another: cards differ by 2 % in what they read, and a step at batch 32 with them (2.78 to 2.82 ms, docs/log.md); each file says what its card read.
+One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
 "Earlier kernels": not run again since other kernels of the step changed.
 """
 EARLIER = " (earlier kernels)"

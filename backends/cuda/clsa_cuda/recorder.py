@@ -46,7 +46,6 @@ class _Turn:
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device)
-        self.held: Tensor | None = None  # what `tokens` begins with, as the caller knows it; None: unknown
         self.fetched = torch.cuda.Event()  # what was sampled in this turn was read by those who asked for it
 
 
@@ -88,8 +87,7 @@ class Recorder:
 
     def _hold(self, previous: Tensor | None, turn: _Turn) -> None:
         """Have the tokens that this step begins with where its recording looks for them."""
-        if previous is not None and previous is not turn.held:
-            turn.held = None
+        if previous is not None and previous.data_ptr() != turn.tokens.data_ptr():
             torch.cuda.current_stream().wait_event(turn.fetched)
             turn.tokens[: len(previous)].copy_(previous)
 
@@ -132,11 +130,8 @@ class Recorder:
 
     def _replay(self, recording: _Recording) -> None:
         assert recording.graph is not None
-        turn = self._turns[self._turn]
-        turn.held = None
-        torch.cuda.current_stream().wait_event(turn.fetched)
+        torch.cuda.current_stream().wait_event(self._turns[self._turn].fetched)
         recording.graph.replay()
-        turn.held = None if recording.sampled is None else recording.sampled.tokens
 
 
 def _fields(sampled: Sampled | None) -> list[Tensor | None]:

@@ -35,7 +35,7 @@ class KernelOps(TorchOps):
     for all of that, only the queries are new.
     """
 
-    _settled = False  # whether nothing but activations was made since the last of them
+    _settled = False  # whether nothing but activations was made since an op that waited for everything
 
     linear = staticmethod(linear)
     linears = staticmethod(linears)
