@@ -30,6 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import (
     attend,
+    attend_rows,
     causal_prefill,
     gather_attention,
     linear,
@@ -187,7 +188,7 @@ def attention(
         "SOURCE": source,
         "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
         "STAGES": tiles.num_stages,
-        "MERGED": attend.merged(tiles.splits, tiles.pack * repeat, head_dim),
+        "MERGED": attend_rows.merged(tiles.splits, tiles.pack * repeat, head_dim),
         "OVERLAP": True,
     }
     return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}

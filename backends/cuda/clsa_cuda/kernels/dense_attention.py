@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries
-from clsa_cuda.kernels.attend import attend_rows
+from clsa_cuda.kernels.attend_rows import attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits
 
 

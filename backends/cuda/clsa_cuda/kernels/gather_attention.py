@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import Memory, Selection
-from clsa_cuda.kernels.attend import attend_rows
+from clsa_cuda.kernels.attend_rows import attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, next_power_of_2
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from clsa.errors import BackendError
 from clsa.ops import HeadNorms, Queries, Window
 from clsa_cuda import plain
-from clsa_cuda.kernels.attend import Arrival, attend_rows
+from clsa_cuda.kernels.attend_rows import Arrival, attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits
 
 

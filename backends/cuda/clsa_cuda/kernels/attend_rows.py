@@ -1,0 +1,116 @@
+"""The launch of decode attention: see `attend`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clsa.errors import BackendError
+from clsa.ops import HeadNorms
+from clsa_cuda.kernels.attend import _attend_kernel
+from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
+from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
+from clsa_cuda.plain import FLOAT8
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What makes a projected token one of the ring's."""
+
+    norms: HeadNorms
+    frequencies: Tensor  # [D / 2] float32
+    mapping: Tensor  # [T] int32 row of the ring, -1: nowhere
+
+
+def merged(splits: int, heads: int, head_dim: int) -> int:
+    """How many splits the last program reads at once: each round is a trip to L2, and what is read are registers.
+
+    A query that fills the device alone has 33 splits on an H200: two rounds. Each value is a kernel more to compile.
+    """
+    most = 17 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
+    return next((n for n in (2, 8) if splits <= n <= most), most)
+
+
+def attend_rows(
+    source: str,
+    size: int,
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor] | None,
+    rows: Tensor,
+    lengths: Tensor,
+    sequence: Tensor | None,
+    tiles: AttentionTiles,
+    arrival: Arrival | None = None,
+    fresh: bool = True,
+) -> Tensor:
+    """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D].
+
+    `fresh` False promises that the launch in front made q and `own` at most and waited for whatever made the rest. Then
+    the first keys are read before that launch has ended.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    kv_heads = kv[0].shape[1]
+    out = torch.empty(num_queries, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    if num_queries == 0:
+        return out
+    own = own or kv
+    for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
+        if x.dtype not in (q.dtype, FLOAT8):
+            raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
+    assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
+    assert rows.stride(-1) == 1 and lengths.is_contiguous()
+    assert kv_heads % tiles.pack == 0
+    splits = tiles.splits + (source == "ring" and tiles.splits > 1)  # and one for the own token
+    pairs = num_queries * kv_heads // tiles.pack
+    assert splits == 1 or pairs <= MAX_ARRIVALS
+    scratch = (num_queries, num_heads, splits if splits > 1 else 0)
+    partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
+    repeat = num_heads // kv_heads
+    device = limits(q.device)
+    _attend_kernel[pairs, splits](
+        q,
+        *kv,
+        *own,
+        *((arrival.norms.q, arrival.norms.k, arrival.frequencies, arrival.mapping) if arrival else (q, q, q, q)),
+        rows,
+        lengths,
+        lengths if sequence is None else sequence,
+        out,
+        partial,
+        sums,
+        arrival_counters(q.device),
+        num_heads,
+        q.stride(0),
+        kv[0].stride(0),
+        kv[1].stride(0),
+        own[0].stride(0),
+        own[1].stride(0),
+        rows.stride(0),
+        math.log2(math.e) / math.sqrt(head_dim),
+        arrival.norms.eps if arrival else 0.0,
+        splits,
+        D=head_dim,
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        REPEAT=repeat,
+        PACK=tiles.pack,
+        PARTS=kv_heads // tiles.pack,
+        BLOCK_H=max(16, next_power_of_2(tiles.pack * repeat)),
+        BLOCK_N=tiles.block_n,
+        SPLIT=splits > 1,
+        SOURCE=source,
+        SIZE=size,
+        STAGES=tiles.num_stages,
+        WINDOW=arrival is not None,
+        FRESH=fresh,
+        LAST=tiles.last,
+        MERGED=merged(splits, tiles.pack * repeat, head_dim),
+        OVERLAP=device.early_launch,
+        num_warps=tiles.num_warps,
+        **launch_options(device),
+    )
+    return out
