@@ -25,7 +25,14 @@ DTYPES = ("float32", "float16 and not bfloat16", "bfloat16")
 OTHERS = "not float32 and not float16 and not bfloat16"
 BY_DTYPE = ("attention", "prefill", "select", "fused", "write")
 WHOLE = ("float8", "greedy", "ops", "ring")
-RACES = ("attention", "prefill", "select", "fused", "ring")  # the kernels with several warps at work on shared memory
+RACES = (
+    "attention",
+    "float8",
+    "prefill",
+    "select",
+    "fused",
+    "ring",
+)  # the kernels with several warps at work on shared memory
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 _PASSED = re.compile(r"(\d+) passed")
 

@@ -30,6 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import (
     attend,
+    attend_float8,
     attend_rows,
     causal_prefill,
     gather_attention,
@@ -71,6 +72,8 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
             out[f"attend {source} {dtype}"] = attention(source, dtype, 128, 5, 32)
     for head_dim in (64, 80, 96, 256):
         out[f"attend list bfloat16 D={head_dim}"] = attention("list", "bfloat16", head_dim, 5, 32)
+    for source, batch in (("list", 1), ("list", 32), ("pages", 1), ("pages", 32), ("block", 32)):
+        out[f"attend {source} float8 {batch}"] = attention_float8(source, batch)
     out["attend list bfloat16 16 heads"] = attention("list", "bfloat16", 128, 16, 32)
     out["attend list bfloat16 one query"] = attention("list", "bfloat16", 128, 5, 1)
     out["attend pages bfloat16 one query"] = attention("pages", "bfloat16", 128, 5, 1)
@@ -192,6 +195,14 @@ def attention(
         "OVERLAP": True,
     }
     return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
+
+
+def attention_float8(source: str, batch: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    _, types, constants, options = attention(source, "bfloat16", 128, 5, batch)
+    kernel = attend_float8._attend_float8_kernel
+    constants |= {"KV_HEADS": 4, "NATIVE": True}
+    types, constants = ({n: v for n, v in found.items() if n in kernel.arg_names} for found in (types, constants))
+    return kernel, types | {"k": "*i16", "v": "*i16"}, constants, options
 
 
 def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:

@@ -35,7 +35,8 @@ def tiles(splits: int, pack: int = 1) -> AttentionTiles:
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, splits, pack", [(4, 4, 2, 1, 1), (10, 2, 64, 3, 2), (3, 1, 80, 4, 1)]
+    "heads, kv_heads, head_dim, splits, pack",
+    [(4, 4, 2, 1, 1), (10, 2, 64, 3, 2), (10, 2, 64, 3, 1), (3, 1, 80, 4, 1), (1, 1, 3, 2, 1)],
 )
 def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: int, splits: int, pack: int) -> None:
     rng = np.random.default_rng(0)
@@ -58,6 +59,25 @@ def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: in
         ),
     ):
         assert_close("gather_attention", dtype, host(ops, got, dtype), want, (heads, kv_heads, head_dim, splits, pack))
+
+
+@pytest.mark.parametrize("size", [-126, -20, 0, 15, 100])
+def test_queries_of_any_size(ops: Ops, dtype: str, size: int) -> None:
+    """They are divided by a power of two on their way to float16, each head by its own; a row of zeros by none."""
+    if not np.isfinite(rounded(np.array([1.9]) * 2.0**size, dtype)).all():
+        pytest.skip(f"too large for {dtype}")
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((2, 3, 32))
+    q = q / np.abs(q).max(2, keepdims=True) * np.array([1.9, 2.0**-40, 0.0])[:, None] * 2.0**size
+    k, v = (normal(rng, 64, 1, 32, dtype=dtype) for _ in range(2))
+    k = rounded(np.where(np.abs(k) < 0.1, 0.0, k) * 2.0 ** min(8, max(-6, -size)), dtype)
+    q = rounded(q, dtype)
+    rows = np.tile(np.arange(64, dtype=np.int32), (2, 1))
+    memory, exact = (filled(o, k, v, k[:, 0], dtype, KV) for o in (ops, spec))
+    lengths = np.full(2, 64, np.int32)
+    got = gather_attention(ops.asarray(q), memory, Selection(*map(ops.asarray, (rows, rows, lengths))), tiles(2))
+    want = spec.gather_attention(spec.asarray(q), exact, Selection(rows, rows, lengths))
+    assert_close("gather_attention", dtype, host(ops, got, dtype), want, size)
 
 
 @pytest.mark.parametrize("index_dim", [16, 65])

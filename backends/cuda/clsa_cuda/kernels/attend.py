@@ -18,7 +18,7 @@ from clsa_cuda.kernels.overlap import wait
 
 
 @triton.jit
-def _merge(
+def merge_splits(
     partial,  # of the first of the rows
     sums,
     out,
@@ -57,7 +57,7 @@ def _merge(
 
 
 @triton.jit
-def _rows_of_block(
+def rows_of_block(
     start,
     count,
     base,
@@ -222,7 +222,7 @@ def _attend_kernel(
     d_mask = (d < D)[None, :]
     # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
-    row, seen = _rows_of_block(start, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
+    row, seen = rows_of_block(start, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
     seen_first = seen & (first < stop)
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
@@ -270,7 +270,7 @@ def _attend_kernel(
             q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
         )
     for block in tl.range(first + 1, stop, num_stages=STAGES):
-        row, seen = _rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
+        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & d_mask
@@ -292,5 +292,5 @@ def _attend_kernel(
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            _merge(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D, MERGED)
+            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D, MERGED)
             tl.store(arrived + tl.program_id(0), 0)

@@ -1,4 +1,4 @@
-"""The launch of decode attention: see `attend`."""
+"""The launch of decode attention: of `attend`, or of `attend_float8` where it takes what is asked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from clsa.errors import BackendError
 from clsa.ops import HeadNorms
 from clsa_cuda.kernels.attend import _attend_kernel
+from clsa_cuda.kernels.attend_float8 import _attend_float8_kernel
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 from clsa_cuda.plain import FLOAT8
@@ -53,25 +54,61 @@ def attend_rows(
     the first keys are read before that launch has ended.
     """
     num_queries, num_heads, head_dim = q.shape
-    kv_heads = kv[0].shape[1]
     out = torch.empty(num_queries, num_heads, head_dim, dtype=q.dtype, device=q.device)
     if num_queries == 0:
         return out
     own = own or kv
-    for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
-        if x.dtype not in (q.dtype, FLOAT8):
-            raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
-    assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
-    assert rows.stride(-1) == 1 and lengths.is_contiguous()
-    assert kv_heads % tiles.pack == 0
+    _check(q, kv, own, rows, lengths, tiles)
+    kv_heads = kv[0].shape[1]
     splits = tiles.splits + (source == "ring" and tiles.splits > 1)  # and one for the own token
-    pairs = num_queries * kv_heads // tiles.pack
+    pairs, repeat = num_queries * kv_heads // tiles.pack, num_heads // kv_heads
     assert splits == 1 or pairs <= MAX_ARRIVALS
     scratch = (num_queries, num_heads, splits if splits > 1 else 0)
     partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
-    repeat = num_heads // kv_heads
     device = limits(q.device)
+    scale = math.log2(math.e) / math.sqrt(head_dim)
+    sequence = lengths if sequence is None else sequence
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
+        "REPEAT": repeat,
+        "BLOCK_H": max(16, next_power_of_2(tiles.pack * repeat)),
+        "BLOCK_N": tiles.block_n,
+        "SPLIT": splits > 1,
+        "SOURCE": source,
+        "SIZE": size,
+        "STAGES": tiles.num_stages,
+        "FRESH": fresh,
+        "MERGED": merged(splits, tiles.pack * repeat, head_dim),
+        "OVERLAP": device.early_launch,
+        "num_warps": tiles.num_warps,
+        **launch_options(device),
+    }
+    if _in_words(source, q, kv, tiles):
+        words = [x.view(torch.int16) for x in kv]
+        _attend_float8_kernel[pairs, splits](
+            q,
+            *words,
+            rows,
+            lengths,
+            sequence,
+            out,
+            partial,
+            sums,
+            arrival_counters(q.device),
+            num_heads,
+            q.stride(0),
+            words[0].stride(0),
+            words[1].stride(0),
+            rows.stride(0),
+            scale,
+            splits,
+            KV_HEADS=kv_heads,
+            NATIVE=q.is_cuda,
+            **constants,
+        )
+        return out
     _attend_kernel[pairs, splits](
         q,
         *kv,
@@ -79,7 +116,7 @@ def attend_rows(
         *((arrival.norms.q, arrival.norms.k, arrival.frequencies, arrival.mapping) if arrival else (q, q, q, q)),
         rows,
         lengths,
-        lengths if sequence is None else sequence,
+        sequence,
         out,
         partial,
         sums,
@@ -91,26 +128,36 @@ def attend_rows(
         own[0].stride(0),
         own[1].stride(0),
         rows.stride(0),
-        math.log2(math.e) / math.sqrt(head_dim),
+        scale,
         arrival.norms.eps if arrival else 0.0,
         splits,
-        D=head_dim,
-        BLOCK_D=max(16, next_power_of_2(head_dim)),
-        REPEAT=repeat,
         PACK=tiles.pack,
         PARTS=kv_heads // tiles.pack,
-        BLOCK_H=max(16, next_power_of_2(tiles.pack * repeat)),
-        BLOCK_N=tiles.block_n,
-        SPLIT=splits > 1,
-        SOURCE=source,
-        SIZE=size,
-        STAGES=tiles.num_stages,
         WINDOW=arrival is not None,
-        FRESH=fresh,
         LAST=tiles.last,
-        MERGED=merged(splits, tiles.pack * repeat, head_dim),
-        OVERLAP=device.early_launch,
-        num_warps=tiles.num_warps,
-        **launch_options(device),
+        **constants,
     )
     return out
+
+
+def _check(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    rows: Tensor,
+    lengths: Tensor,
+    tiles: AttentionTiles,
+) -> None:
+    for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
+        if x.dtype not in (q.dtype, FLOAT8):
+            raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
+    head_dim = q.shape[2]
+    assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
+    assert rows.stride(-1) == 1 and lengths.is_contiguous()
+    assert kv[0].shape[1] % tiles.pack == 0
+
+
+def _in_words(source: str, q: Tensor, kv: tuple[Tensor, Tensor], tiles: AttentionTiles) -> bool:
+    """Whether the rows are read as words of two E4M3 numbers. Queries in float32 would not fit a float16."""
+    in_float8 = all(x.dtype == FLOAT8 and x.stride(0) % 2 == 0 and x.data_ptr() % 2 == 0 for x in kv)
+    return in_float8 and source != "ring" and q.itemsize == 2 and q.shape[2] % 2 == 0 and tiles.pack == 1
