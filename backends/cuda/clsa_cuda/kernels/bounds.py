@@ -87,6 +87,18 @@ def _highest_kernel(
 
 
 @triton.jit
+def _agreeing(z, start, stop, lowest, known, SHIFT: tl.constexpr, LENGTH: tl.constexpr):
+    """Logits of a row from `start`, in order too, and which of them are kept and agree in all digits before SHIFT."""
+    i = start + tl.arange(0, LENGTH)
+    x = tl.load(z + i, mask=i < stop, other=float("-inf"))
+    u = in_order(x)
+    live = (i < stop) & (x >= lowest)
+    if SHIFT < 28:
+        live = live & ((u >> (SHIFT + 4)) == (known >> (SHIFT + 4)))
+    return x, u, live
+
+
+@triton.jit
 def _digit_kernel(
     z,  # [R, V]
     temperature,  # [R]
@@ -102,6 +114,7 @@ def _digit_kernel(
     splits,
     SHIFT: tl.constexpr,
     BY_COUNT: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -125,19 +138,17 @@ def _digit_kernel(
         digits = tl.arange(0, _DIGITS)
         sums = tl.zeros([_DIGITS], tl.float32)
         first, stop = _share(V, splits, BLOCK)
-        for start in range(first, stop, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            x = tl.load(z + r * V + i, mask=i < stop, other=float("-inf"))
-            u = in_order(x)
-            live = (i < stop) & (x >= lowest)
-            if not FIRST:
-                live = live & ((u >> (SHIFT + 4)) == (known >> (SHIFT + 4)))
-            if tl.max(live.to(tl.int32)) > 0:
-                weight = tl.where(live, 1.0, 0.0)
-                if not BY_COUNT:
-                    weight = tl.where(live, tl.exp((x - best) / heat), 0.0)
-                digit = ((u >> SHIFT) & 15).to(tl.int32)
-                sums += tl.sum(tl.where(digit[None, :] == digits[:, None], weight[None, :], 0.0), axis=1)
+        for begin in range(first, stop, WIDE):
+            # Most parts hold nothing that agrees in the digits before: one look at many logits, all read at once.
+            _x, _u, some = _agreeing(z + r * V, begin, stop, lowest, known, SHIFT, WIDE)
+            if tl.max(some.to(tl.int32)) > 0:
+                for start in range(begin, tl.minimum(begin + WIDE, stop), BLOCK):
+                    x, u, live = _agreeing(z + r * V, start, stop, lowest, known, SHIFT, BLOCK)
+                    weight = tl.where(live, 1.0, 0.0)
+                    if not BY_COUNT:
+                        weight = tl.where(live, tl.exp((x - best) / heat), 0.0)
+                    digit = ((u >> SHIFT) & 15).to(tl.int32)
+                    sums += tl.sum(tl.where(digit[None, :] == digits[:, None], weight[None, :], 0.0), axis=1)
         tl.store(partial + (r * splits + tl.program_id(1)) * _DIGITS + digits, sums)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + r, 1, sem="acq_rel") == splits - 1:
@@ -198,6 +209,7 @@ def lowest_kept(z: Tensor, sampling: SamplingBatch) -> Tensor:
                 splits,
                 SHIFT=shift,
                 BY_COUNT=by_count,
+                WIDE=PER_PROGRAM,
                 **options,
             )
     return bound
