@@ -35,11 +35,16 @@ def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 def sample(logits: Tensor, sampling: SamplingBatch) -> Sampled:
     logits = logits.float()
-    z = _penalize(logits, sampling)
+    z = penalize(logits, sampling)
     if not sampling.all_greedy:
         z = _draw(z, sampling)
     is_defined = logits.amax(1).isfinite()  # NaN anywhere makes the maximum NaN
     tokens = torch.where(is_defined, z.argmax(1), -1).int()  # argmax takes the first of equal values
+    return with_logprobs(tokens, logits, sampling)
+
+
+def with_logprobs(tokens: Tensor, logits: Tensor, sampling: SamplingBatch) -> Sampled:
+    """The sample [R], and what `sampling` wants to know of logits [R, V] float32."""
     if sampling.num_logprobs is None:
         return Sampled(tokens, None, None, None)
     logprobs = logits.log_softmax(1)
@@ -49,7 +54,7 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> Sampled:
     return Sampled(tokens, chosen, best.int(), logprobs.gather(1, best))
 
 
-def _penalize(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+def penalize(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     if sampling.penalty_tokens is None:
         return logits
     tokens = sampling.penalty_tokens.long()

@@ -12,6 +12,7 @@ from clsa_cuda import plain
 from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
+from clsa_cuda.kernels.draw import draw
 from clsa_cuda.kernels.fused import embed, norm_rope, rms_norm, swiglu, take_tokens
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.greedy import greedy
@@ -23,6 +24,7 @@ from clsa_cuda.kernels.sliding_prefill import sliding_prefill
 from clsa_cuda.kernels.tiles import MAX_SELECTED
 from clsa_cuda.kernels.write_memory import write_memory, write_window
 from clsa_cuda.ops import TorchOps
+from clsa_cuda.sample import penalize, with_logprobs
 
 
 class KernelOps(TorchOps):
@@ -114,4 +116,5 @@ class KernelOps(TorchOps):
         self._settled = False
         if sampling.all_greedy and sampling.penalty_tokens is None and sampling.num_logprobs is None:
             return Sampled(greedy(logits), None, None, None)
-        return TorchOps.sample(logits, sampling)
+        logits = logits.float()
+        return with_logprobs(draw(logits, penalize(logits, sampling), sampling), logits, sampling)
