@@ -24,15 +24,9 @@ from typing import Any
 DTYPES = ("float32", "float16 and not bfloat16", "bfloat16")
 OTHERS = "not float32 and not float16 and not bfloat16"
 BY_DTYPE = ("attention", "prefill", "select", "fused", "write")
-WHOLE = ("float8", "greedy", "ops", "ring")
-RACES = (
-    "attention",
-    "float8",
-    "prefill",
-    "select",
-    "fused",
-    "ring",
-)  # the kernels with several warps at work on shared memory
+WHOLE = ("float8", "greedy", "ops", "ring", "sample")
+# The kernels with several warps at work on shared memory, and which of their tests.
+RACES = dict.fromkeys(("attention", "float8", "prefill", "select", "fused", "ring"), "bfloat16") | {"sample": ""}
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 _PASSED = re.compile(r"(\d+) passed")
 
@@ -45,8 +39,8 @@ def jobs() -> Iterator[tuple[str, str, str]]:
     for name in WHOLE:
         yield "memcheck", name, ""
     for tool in ("racecheck", "synccheck"):
-        for name in RACES:
-            yield tool, name, "bfloat16"
+        for name, which in RACES.items():
+            yield tool, name, which
 
 
 def run(job: tuple[str, str, str], logs: Path, deadline: float) -> dict[str, Any]:

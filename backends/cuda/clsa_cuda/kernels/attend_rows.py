@@ -69,9 +69,10 @@ def attend_rows(
     device = limits(q.device)
     scale = math.log2(math.e) / math.sqrt(head_dim)
     sequence = lengths if sequence is None else sequence
+    in_words = _in_words(source, q, kv, tiles)
     constants = {
         "D": head_dim,
-        "BLOCK_D": max(16, next_power_of_2(head_dim)),
+        "BLOCK_D": max(32 if in_words else 16, next_power_of_2(head_dim)),  # products are over 16 numbers at least
         "REPEAT": repeat,
         "BLOCK_H": max(16, next_power_of_2(tiles.pack * repeat)),
         "BLOCK_N": tiles.block_n,
@@ -85,7 +86,7 @@ def attend_rows(
         "num_warps": tiles.num_warps,
         **launch_options(device),
     }
-    if _in_words(source, q, kv, tiles):
+    if in_words:
         words = [x.view(torch.int16) for x in kv]
         _attend_float8_kernel[pairs, splits](
             q,

@@ -30,6 +30,17 @@ def splits_of(vocab_size: int) -> int:
     return min(MAX_SPLITS, max(1, triton.cdiv(vocab_size, PER_PROGRAM)))
 
 
+def row_options(device: Limits) -> dict[str, object]:
+    """How kernels over parts of rows are launched."""
+    return {
+        "BLOCK": BLOCK,
+        "MAX_SPLITS": MAX_SPLITS,
+        "OVERLAP": device.early_launch,
+        "num_warps": 4,
+        **launch_options(device),
+    }
+
+
 @triton.jit
 def in_order(x):
     """uint32 in the order of float32: -0.0 equals 0.0; NaN, which makes a row invalid, comes anywhere."""
@@ -144,11 +155,12 @@ def _digit_kernel(
             if tl.max(some.to(tl.int32)) > 0:
                 for start in range(begin, tl.minimum(begin + WIDE, stop), BLOCK):
                     x, u, live = _agreeing(z + r * V, start, stop, lowest, known, SHIFT, BLOCK)
-                    weight = tl.where(live, 1.0, 0.0)
-                    if not BY_COUNT:
-                        weight = tl.where(live, tl.exp((x - best) / heat), 0.0)
-                    digit = ((u >> SHIFT) & 15).to(tl.int32)
-                    sums += tl.sum(tl.where(digit[None, :] == digits[:, None], weight[None, :], 0.0), axis=1)
+                    if tl.max(live.to(tl.int32)) > 0:
+                        weight = tl.where(live, 1.0, 0.0)
+                        if not BY_COUNT:
+                            weight = tl.where(live, tl.exp((x - best) / heat), 0.0)
+                        digit = ((u >> SHIFT) & 15).to(tl.int32)
+                        sums += tl.sum(tl.where(digit[None, :] == digits[:, None], weight[None, :], 0.0), axis=1)
         tl.store(partial + (r * splits + tl.program_id(1)) * _DIGITS + digits, sums)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + r, 1, sem="acq_rel") == splits - 1:
@@ -188,7 +200,7 @@ def lowest_kept(z: Tensor, sampling: SamplingBatch) -> Tensor:
     highest, bound, above, target = torch.empty(4, num_rows, dtype=torch.float32, device=z.device).unbind()
     prefix = torch.empty(num_rows, dtype=torch.int32, device=z.device)
     partial = torch.empty(num_rows, splits, _DIGITS.value, dtype=torch.float32, device=z.device)
-    arrived, options = arrival_counters(z.device), _options(device)
+    arrived, options = arrival_counters(z.device), row_options(device)
     _highest_kernel[num_rows, splits](
         z, sampling.temperature, sampling.min_p, highest, bound, partial, arrived, vocab_size, splits, **options
     )
@@ -213,13 +225,3 @@ def lowest_kept(z: Tensor, sampling: SamplingBatch) -> Tensor:
                 **options,
             )
     return bound
-
-
-def _options(device: Limits) -> dict[str, object]:
-    return {
-        "BLOCK": BLOCK,
-        "MAX_SPLITS": MAX_SPLITS,
-        "OVERLAP": device.early_launch,
-        "num_warps": 4,
-        **launch_options(device),
-    }

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import SamplingBatch
-from clsa_cuda.kernels.bounds import BLOCK, MAX_SPLITS, in_order, lowest_kept, splits_of
+from clsa_cuda.kernels.bounds import in_order, lowest_kept, row_options, splits_of
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
-from clsa_cuda.kernels.tiles import launch_options, limits
+from clsa_cuda.kernels.tiles import limits
 
 
 @triton.jit
@@ -86,9 +86,11 @@ def _draw_kernel(
             x = tl.load(z + r * V + i, mask=mask, other=float("-inf"))
         if is_random:
             kept = x >= lowest
-            bits = threefry(low, high, position + tl.zeros([BLOCK], tl.uint32), i.to(tl.uint32, bitcast=True))
-            uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)  # 24 significant bits: exact
-            x = tl.where(kept, x / heat - tl.log(-tl.log(uniform)), float("-inf"))
+            if tl.max(kept.to(tl.int32)) > 0:  # the noise is most of the work, and filters leave few logits
+                bits = threefry(low, high, position + tl.zeros([BLOCK], tl.uint32), i.to(tl.uint32, bitcast=True))
+                uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)  # 24 significant bits: exact
+                x = x / heat - tl.log(-tl.log(uniform))
+            x = tl.where(kept, x, float("-inf"))
         key = (in_order(x).to(tl.int64) << 31) + (V - i)  # V fits 31 bits, so the sign stays clear
         found = tl.maximum(found, tl.where(mask, key, 0))
     tl.store(best + r * splits + split, tl.max(found))
@@ -116,7 +118,7 @@ def draw(logits: Tensor, z: Tensor, sampling: SamplingBatch) -> Tensor:
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
         return tokens
-    splits, device = splits_of(vocab_size), limits(logits.device)
+    splits = splits_of(vocab_size)
     bound = lowest_kept(z, sampling) if sampling.any_filter else sampling.temperature
     _draw_kernel[num_rows, splits](
         logits,
@@ -133,10 +135,6 @@ def draw(logits: Tensor, z: Tensor, sampling: SamplingBatch) -> Tensor:
         splits,
         FILTERED=sampling.any_filter,
         PENALISED=z is not logits,
-        BLOCK=BLOCK,
-        MAX_SPLITS=MAX_SPLITS,
-        OVERLAP=device.early_launch,
-        num_warps=4,
-        **launch_options(device),
+        **row_options(limits(logits.device)),
     )
     return tokens
