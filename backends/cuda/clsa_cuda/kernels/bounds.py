@@ -18,8 +18,8 @@ from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import Limits, launch_options, limits
 
 BLOCK = 1024  # logits that a program adds up at once
-PER_PROGRAM = 4096
-MAX_SPLITS = 64
+PER_PROGRAM = 2048
+MAX_SPLITS = 128
 _DIGITS = tl.constexpr(16)
 _SHIFTS = range(28, -4, -4)
 _EXTREME, _TOP_K, _TOP_P = 0, 1, 2

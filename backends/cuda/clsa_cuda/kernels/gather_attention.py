@@ -31,8 +31,8 @@ def gather_attention(
 
 def _tiles(q: Tensor, k: Tensor, max_keys: int) -> AttentionTiles:
     tiles = attention_tiles(q.shape[0], k.shape[1], max_keys, q.shape[2], q.itemsize, limits(q.device))
-    if k.dtype == FLOAT8 and tiles.splits * tiles.block_n < max_keys:
-        # Half the bytes: where a program has several blocks, fewer warps that each do more are 2 % faster a layer.
+    if k.dtype == FLOAT8 and 4 * tiles.splits * tiles.block_n <= max_keys:
+        # Half the bytes: where a program has many blocks, fewer warps that each do more are 2 % faster a layer.
         return replace(tiles, num_warps=4)
     return tiles
 
