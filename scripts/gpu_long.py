@@ -217,13 +217,14 @@ def _finish_prompt(run: Run, engine: Engine, prompt: list[int]) -> None:
 def serve(run: Run) -> Row:
     """All requests at once, prompts and answers to the end; beside it what the formula of `clsa bench paper` says.
 
-    Other prompts go first, with answers of a few tokens: kernels of steps with prompts in them are compiled then.
+    Other prompts of the same number and length go first, until each has a token: by then every kernel is compiled that
+    steps with prompts and any number of answers in them need.
     """
     context, count, wanted = run.args.context, run.args.requests, run.args.answer
     config = run.bench.config(PLAN, context + wanted + 1)
     run.check(config, context, count)
     engine = run.engine(config, count)
-    rehearsal, _ = _serve_all(run, engine, random_prompts(count, context, seed=3), 4)
+    rehearsal, _ = _serve_all(run, engine, random_prompts(count, context, seed=3), wanted, rehearse=True)
     row, alone = _serve_all(run, engine, random_prompts(count, context, seed=4), wanted)
     del engine
     row |= {"context": context, "requests": count, "answer": wanted}
@@ -232,8 +233,13 @@ def serve(run: Run) -> Row:
     return row | (_by_formula(run, config, alone) if alone else {})
 
 
-def _serve_all(run: Run, engine: Engine, prompts: Sequence[Any], wanted: int) -> tuple[Row, list[float]]:
-    """What was served, and the seconds of the steps behind those that still had prompts in them."""
+def _serve_all(
+    run: Run, engine: Engine, prompts: Sequence[Any], wanted: int, rehearse: bool = False
+) -> tuple[Row, list[float]]:
+    """What was served, and the seconds of the steps behind those that still had prompts in them.
+
+    `rehearse` ends all requests as soon as each has a token.
+    """
     count, context = len(prompts), len(prompts[0])
     requests = [run.request(engine, prompt, wanted) for prompt in prompts]
     start, steps, first, tokens = time.perf_counter(), [], {}, 0
@@ -245,6 +251,8 @@ def _serve_all(run: Run, engine: Engine, prompts: Sequence[Any], wanted: int) ->
         first |= {delta.request.id: now for delta in deltas if delta.request.id not in first}
         if len(deltas) == count and len(first) == count:
             steps.append(now + start - begin)
+        if rehearse and len(first) == count:
+            engine.cancel(requests)
     seconds = time.perf_counter() - start
     prefill = max(first.values()) if len(first) == count else None
     row: Row = {
