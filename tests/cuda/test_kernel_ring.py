@@ -236,6 +236,12 @@ def test_tiles_fill_their_waves(
     assert not norm or block_of_rows(rows) * tiles.block_k <= 8192  # squares, 64 registers of a thread
 
 
+@pytest.mark.parametrize("rows", [17, 32, 33])
+def test_of_more_rows_only_the_gate_has_8_bits_in_the_ring(rows: int) -> None:
+    taken = [ring_tiles(rows, *size[:2], size[3], size[2], HOPPER, 1) is not None for size in SIZES_4B]
+    assert taken == [size[3] and rows <= 32 for size in SIZES_4B]
+
+
 @pytest.mark.parametrize("early_launch", [False, True])
 @pytest.mark.parametrize("out_size", [60, 90, 400])  # in three parts, two, and one in three waves
 def test_linear_product_takes_the_ring(
@@ -286,7 +292,7 @@ for rows, out_type, size in json.loads(sys.argv[1]):
 """
 COMPILED: list[tuple[int, str, tuple[Any, ...]]]
 COMPILED = [(rows, "*bf16", size) for rows, size in zip((1, 8, 32, 64), SIZES_4B)]
-COMPILED += [(1, "*fp32", SIZES_4B[-1]), (16, "*bf16", (*SIZES_4B[2], "float8"))]
+COMPILED += [(1, "*fp32", SIZES_4B[-1]), (32, "*bf16", (*SIZES_4B[2], "float8"))]
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,12 @@ def merge_splits(
 
 
 @triton.jit
+def share(num_blocks, split, splits):
+    """First and end of a split's blocks: as many as any other's, or one less. Nothing for split number `splits`."""
+    return split * num_blocks // splits, tl.minimum((split + 1) * num_blocks // splits, num_blocks)
+
+
+@triton.jit
 def rows_of_block(
     start,
     count,
@@ -213,9 +219,7 @@ def _attend_kernel(
             base = tl.load(rows + t).to(tl.int64) * SIZE
     num_blocks = tl.cdiv(count, BLOCK_N)
     # The query's own token is turned as the query is, which takes as long as some blocks of keys: the last program's.
-    per_split = tl.cdiv(num_blocks, splits - 1 if SOURCE == "ring" and SPLIT else splits)
-    first = split * per_split
-    stop = tl.minimum(first + per_split, num_blocks)
+    first, stop = share(num_blocks, split, splits - 1 if SOURCE == "ring" and SPLIT else splits)
     COLUMNS: tl.constexpr = BLOCK_N * PACK
     own = tl.arange(0, COLUMNS) % PACK  # KV head of a column
     place = (g + own)[:, None] * D + d[None, :]

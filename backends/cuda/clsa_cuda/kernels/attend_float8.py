@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clsa_cuda.kernels.attend import merge_splits, rows_of_block
+from clsa_cuda.kernels.attend import merge_splits, rows_of_block, share
 from clsa_cuda.kernels.overlap import wait
 
 
@@ -127,9 +127,7 @@ def _attend_float8_kernel(
             count = position + 1
             rows += tl.load(sequence + t).to(tl.int64) * rows_stride
     num_blocks = tl.cdiv(count, BLOCK_N)
-    per_split = tl.cdiv(num_blocks, splits)
-    first = split * per_split
-    stop = tl.minimum(first + per_split, num_blocks)
+    first, stop = share(num_blocks, split, splits)
     place = g * (D // 2) + w[None, :]
     # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N

@@ -21,6 +21,7 @@ _MAX_STAGE = 40 << 10  # bytes of a turn of the loop, unless there are
 _FEW_TURNS = 5  # of them or less
 _MAX_SQUARES = 8192  # of a tile of x, which stay in registers where there is a norm
 _MAX_IN_TWO = 16  # rows of x that every program splits for 8-bit weights
+_MAX_IN_TWO_OF_GATE = 32  # where there are twice as many weights for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def ring_tiles(
     Measured on an H200 (docs/log.md).
     """
     block_m = block_of_rows(num_rows)
-    if itemsize == 1 and block_m > _MAX_IN_TWO:
+    if itemsize == 1 and block_m > (_MAX_IN_TWO_OF_GATE if swiglu else _MAX_IN_TWO):
         return None
     splits = 1
     if not swiglu and in_size >= 1024:
