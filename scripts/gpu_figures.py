@@ -24,7 +24,7 @@ PARTS = {
     "profile": ("scripts/gpu_profile.py --out {out}/profile.json", 60),
     "layers": ("scripts/gpu_layers.py --defaults --out {out}/layers.json", 30),
     "fp8": (
-        "scripts/gpu_decode.py --out {out}/decode_fp8.json --batches 1,32 --fp8 weights,kv+index,weights+kv+index",
+        "scripts/gpu_decode.py --out {out}/decode_fp8.json --batches 1,8,32 --fp8 weights,kv+index,weights+kv+index",
         90,
     ),
     "baselines": ("scripts/gpu_decode.py --out {out}/decode_baselines.json --plans yoco,transformer --batches 1", 60),

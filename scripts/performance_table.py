@@ -34,9 +34,7 @@ Triton 3.6 does not offer), and an attention over windows that fills its memory 
 what a multiprocessor has on its way: {dense:.0%} of the floor.
 
 One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
-"Earlier kernels": not run again since other kernels of the step changed.
 """
-EARLIER = " (earlier kernels)"
 
 
 def load(name: str) -> Any:
@@ -117,7 +115,7 @@ def target_lines(steps: Steps, kernels: dict[str, Any]) -> list[str]:
         (
             "prefill, 64 prompts of 2K",
             ">= 160K tokens/s",
-            f"{prefill['prefill 64 x 2K, 8192 a step']['tokens_per_second']:,.0f}{EARLIER}",
+            f"{prefill['prefill 64 x 2K, 8192 a step']['tokens_per_second']:,.0f}",
         ),
         (
             "routing, 128K, batch 32 / batch 1",
@@ -203,7 +201,7 @@ def kernel_lines(kernels: dict[str, Any]) -> list[str]:
         lines.append(
             f"| dense attention, batch {batch} (`clsa bench ops`) | {ms:.4f} | {floor:.4f} | 85 % of the floor: {floor / 0.85:.3f} |"
         )
-    for op, words in (("sample", "greedy choice"), ("sample_top_p", "sampling with top-p, sorted by torch")):
+    for op, words in (("sample", "greedy choice"), ("sample_top_p", "sampling with top-p")):
         for batch in (1, 8, 32):
             row = of_ops(op, batch)
             ms, floor = row["seconds"] * 1e3, row["floor_seconds"] * 1e3
@@ -241,7 +239,7 @@ def profile_lines(result: Any) -> list[str]:
     lines = [
         "## Profile of a decode step",
         "",
-        f"`scripts/gpu_profile.py`{EARLIER}, {result['device']}, torch {result['torch']}; floors at {result['read_bandwidth'] / 1e12:.2f} TB/s as read in the same run.",
+        f"`scripts/gpu_profile.py`, {result['device']}, torch {result['torch']}; floors at {result['read_bandwidth'] / 1e12:.2f} TB/s as read in the same run.",
         "A kernel is launched before the one in front of it has ended, so the durations of a step add up to more than it takes;",
         "that lengthens every row, and shares of floors are lower bounds.",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,7 +12,6 @@ from torch import Tensor
 from clsa.ops import Memory, Selection
 from clsa_cuda.kernels.attend_rows import attend_rows
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, next_power_of_2
-from clsa_cuda.plain import FLOAT8
 
 
 def gather_attention(
@@ -30,11 +29,7 @@ def gather_attention(
 
 
 def _tiles(q: Tensor, k: Tensor, max_keys: int) -> AttentionTiles:
-    tiles = attention_tiles(q.shape[0], k.shape[1], max_keys, q.shape[2], q.itemsize, limits(q.device))
-    if k.dtype == FLOAT8 and 4 * tiles.splits * tiles.block_n <= max_keys:
-        # Half the bytes: where a program has many blocks, fewer warps that each do more are 2 % faster a layer.
-        return replace(tiles, num_warps=4)
-    return tiles
+    return attention_tiles(q.shape[0], k.shape[1], max_keys, q.shape[2], q.itemsize, limits(q.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def attention_tiles(
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
     room = device.shared_memory * 3 // 5
-    block_n, buffers, last = 128, 0, True
+    block_n, buffers, last, hurry = 128, 0, True, ring
     alone = device.sm_count // pairs  # splits if a multiprocessor takes one program
     alone_is_best = 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * device.sm_count and 256 * row_bytes <= room
     if ring:
@@ -143,9 +143,11 @@ def attention_tiles(
         if wanted == 1 and 4 * pairs <= 2 * device.sm_count:  # two programs each, one for the own token among them
             block_n, wanted = 64, 3
     elif pairs * (max_keys // 128) <= device.sm_count:
-        wanted = max_keys // 128  # a block each
+        wanted, hurry = max_keys // 128, True  # a block each
     elif max_keys > 2 * MAX_SELECTED and alone_is_best:
         wanted, buffers, last = alone, 2, False
+        if max_keys < 48 * block_n * alone:  # shares of few blocks come out more even in small ones
+            block_n, buffers = 64, 3
     elif max_keys > 2 * MAX_SELECTED:
         wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
         block_n, buffers = 64, 2
@@ -164,7 +166,8 @@ def attention_tiles(
     return AttentionTiles(
         block_n=block_n,
         splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
-        num_warps=8 if block_n == 128 else 4,
+        # Fewer warps do more each; but then the first keys, 64 KB of them, are all the registers there are for them.
+        num_warps=8 if block_n == 128 and (hurry or row_bytes > 512) else 4,
         # Of rows that are found by a number, the numbers take as many stages as the rows.
         num_stages=buffers + 1 if ring else max(2, 2 * buffers + 1),
         last=last,
