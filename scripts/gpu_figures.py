@@ -43,9 +43,10 @@ PARTS = {
         120,
     ),
     "prefill": ("scripts/gpu_prefill.py --out {out}/prefill_kernels.json", 180),
-    "long": ("scripts/gpu_long.py --parts answer,serve --out {out}/long.json", 300),
+    "long": ("scripts/gpu_long.py --parts answer --out {out}/long.json", 150),
+    "serve": ("scripts/gpu_long.py --parts serve --out {out}/served.json", 200),
     "million": ("scripts/gpu_long.py --parts million --out {out}/million.json", 90),
-    "sanitize": ("scripts/gpu_sanitize.py --seconds 150 --out {out}/sanitize.json --logs runs/sanitizer", 170),
+    "sanitize": ("scripts/gpu_sanitize.py --seconds 240 --out {out}/sanitize.json --logs runs/sanitizer", 260),
     "distill": ("scripts/gpu_distill.py --out {out}/distill.json", 90),
     "warm": ("scripts/gpu_warm.py --out {out}/warm.json", 90),
 }

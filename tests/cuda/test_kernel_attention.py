@@ -290,6 +290,8 @@ def test_programs_find_a_place_at_once(max_keys: int) -> None:
         t = attention_tiles(num_queries, 4, max_keys, 128, 2, Limits(132, 227 << 10))
         deep = t.num_stages >= 5 and not t.last  # so much is on its way that a multiprocessor has room for one
         places = 132 * (1 if deep else {128: 1 if t.last else 2, 64: 2 if t.last else 4, 32: 3}[t.block_n])
+        blocks = (t.num_stages + 1) // 2
+        assert not deep or 2 * blocks * t.block_n * 512 > 228 << 10, "two of them would take one multiprocessor"
         programs = num_queries * 4 * t.splits
         assert programs <= places or t.splits == 1
         assert programs >= 0.67 * places or t.block_n == 128, (num_queries, t)

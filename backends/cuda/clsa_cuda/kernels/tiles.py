@@ -135,7 +135,7 @@ def attention_tiles(
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
     room = device.shared_memory * 3 // 5
-    block_n, buffers, last, hurry = 128, 0, True, ring
+    block_n, buffers, last, few_warps = 128, 0, True, False
     alone = device.sm_count // pairs  # splits if a multiprocessor takes one program
     alone_is_best = 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * device.sm_count and 256 * row_bytes <= room
     if ring:
@@ -143,11 +143,9 @@ def attention_tiles(
         if wanted == 1 and 4 * pairs <= 2 * device.sm_count:  # two programs each, one for the own token among them
             block_n, wanted = 64, 3
     elif pairs * (max_keys // 128) <= device.sm_count:
-        wanted, hurry = max_keys // 128, True  # a block each
+        wanted = max_keys // 128  # a block each
     elif max_keys > 2 * MAX_SELECTED and alone_is_best:
-        wanted, buffers, last = alone, 2, False
-        if max_keys < 48 * block_n * alone:  # shares of few blocks come out more even in small ones
-            block_n, buffers = 64, 3
+        wanted, buffers, last = alone, 2, False  # so much shared memory that no two of them share a multiprocessor
     elif max_keys > 2 * MAX_SELECTED:
         wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
         block_n, buffers = 64, 2
@@ -155,6 +153,9 @@ def attention_tiles(
             block_n, wanted = 32, three
     elif pairs <= 2 * device.sm_count:  # with another program beside it to hide what one waits for
         wanted, last = 2 * device.sm_count // pairs, False
+        # Fewer warps do more each, which pays where there are several blocks. But the first keys, before a wait, are
+        # registers of theirs: 64 KB of them are as many as four warps have.
+        few_warps = 4 * 128 * wanted <= max_keys and row_bytes <= 512
     else:
         block_n, wanted, buffers, last = 64, 1, 1, False
     first = buffers == 0 or last  # the block that is read first counts as a buffer
@@ -166,8 +167,7 @@ def attention_tiles(
     return AttentionTiles(
         block_n=block_n,
         splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
-        # Fewer warps do more each; but then the first keys, 64 KB of them, are all the registers there are for them.
-        num_warps=8 if block_n == 128 and (hurry or row_bytes > 512) else 4,
+        num_warps=8 if block_n == 128 and not few_warps else 4,
         # Of rows that are found by a number, the numbers take as many stages as the rows.
         num_stages=buffers + 1 if ring else max(2, 2 * buffers + 1),
         last=last,
