@@ -54,6 +54,20 @@ def test_a_whole_step(kernel_ops: Ops, name: str) -> None:
         assert_close(op, "float32", got, want, name)
 
 
+@pytest.mark.parametrize("rows", [3, 70])  # 70: more than a kernel for few rows takes
+def test_closing_a_layer_leaves_what_it_is_given(kernel_ops: Ops, dtype: str, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"o_proj": (64, 48), "gate": (80, 64), "up": (80, 64), "down": (64, 80)}
+    w = {name: normal(rng, *shape, dtype=dtype, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
+    x, o, norm = (normal(rng, *shape, dtype=dtype) for shape in ((rows, 64), (rows, 48), (64,)))
+    given = {name: kernel_ops.asarray(array) for name, array in {"x": x, "o": o, "norm": norm, **w}.items()}
+    got = kernel_ops.close_layer(**given, eps=1e-6)
+    want = spec.close_layer(x, o, norm=norm, eps=1e-6, **w)
+    assert_close("close_layer", dtype, host(kernel_ops, got, dtype), want, rows)
+    for array, before in ((given["x"], x), (given["o"], o)):
+        assert_equal("close_layer", host(kernel_ops, array, dtype), before, rows)
+
+
 def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention reads its first keys early only where `norm_linears` or `norm_rope` came last."""
     from clsa_cuda.kernels import ops as module

@@ -37,9 +37,17 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -
     return product(h, weight, swiglu=True) if takes(h, weight) else swiglu(*_split(linear(h, weight), (gate, up)))
 
 
-def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-    """`Ops.add_linear`."""
-    return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight)
+def add_linear(x: Tensor, y: Tensor, weight: Weight, in_place: bool = False) -> Tensor:
+    """`Ops.add_linear`; `in_place`: x is nobody else's, and may become the result."""
+    return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight, in_place)
+
+
+def close_layer(
+    x: Tensor, o: Tensor, o_proj: Weight, norm: Tensor, eps: float, gate: Weight, up: Weight, down: Weight
+) -> Tensor:
+    """`Ops.close_layer`."""
+    x = add_linear(x, o, o_proj)
+    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down, in_place=True)
 
 
 def _split(out: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:

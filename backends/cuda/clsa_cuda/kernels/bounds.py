@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clsa.ops import SamplingBatch
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
-from clsa_cuda.kernels.tiles import Limits, launch_options, limits
+from clsa_cuda.kernels.tiles import Limits, cdiv, launch_options, limits
 
 BLOCK = 1024  # logits that a program adds up at once
 PER_PROGRAM = 2048
@@ -27,7 +27,7 @@ _EXTREME, _TOP_K, _TOP_P = 0, 1, 2
 
 def splits_of(vocab_size: int) -> int:
     """Programs of a row. They follow from its length alone, so that a row's sums do not depend on other rows."""
-    return min(MAX_SPLITS, max(1, triton.cdiv(vocab_size, PER_PROGRAM)))
+    return min(MAX_SPLITS, max(1, cdiv(vocab_size, PER_PROGRAM)))
 
 
 def row_options(device: Limits) -> dict[str, object]:

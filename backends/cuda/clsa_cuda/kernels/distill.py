@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.errors import BackendError
-from clsa_cuda.kernels.tiles import Limits, limits, next_power_of_2
+from clsa_cuda.kernels.tiles import Limits, cdiv, limits, next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def softmax_sums(q: Tensor, k: Tensor, tiles: DistillTiles | None = None) -> Ten
     B, G, M, C, D = q.shape
     tiles = tiles or distill_tiles(False, D, q.itemsize, limits(q.device))
     sums = torch.empty(B, G, M, C, dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(C, tiles.block_q) * M, B * G)
+    grid = (cdiv(C, tiles.block_q) * M, B * G)
     _softmax_sum_kernel[grid](q, k, sums, *_sizes(q, k), **_options(D, tiles))
     return sums
 
@@ -175,7 +175,7 @@ def weighted_attention(q: Tensor, k: Tensor, sums: Tensor, weight: float, tiles:
     S = k.shape[2]
     tiles = tiles or distill_tiles(True, D, q.itemsize, limits(q.device))
     out = torch.empty(B, C, S, dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(S, tiles.block_k), triton.cdiv(C, tiles.block_q), B)
+    grid = (cdiv(S, tiles.block_k), cdiv(C, tiles.block_q), B)
     _weighted_attention_kernel[grid](q, k, sums, out, *_sizes(q, k), weight, **_options(D, tiles))
     return out
 

@@ -15,12 +15,13 @@ import triton.language as tl
 from clsa_cuda.kernels.float8 import halves, unpacked
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.product import ProductTiles
-from clsa_cuda.kernels.tiles import Limits, next_power_of_2
+from clsa_cuda.kernels.tiles import Limits, cdiv, next_power_of_2, remembered
 
 _MAX_SPLITS = 6  # parts that the last program sums
 _LEAST_BLOCKS = 4  # of K that a part has
 
 
+@remembered
 def float8_tiles(
     num_rows: int,
     out_size: int,
@@ -36,19 +37,19 @@ def float8_tiles(
     """
     block_k = min(block_k, max(32, next_power_of_2(in_size)))
     parts = 2 if swiglu else 1
-    rows, splits = triton.cdiv(out_size, device.sm_count), 1
+    rows, splits = cdiv(out_size, device.sm_count), 1
     while not swiglu and splits < _MAX_SPLITS and in_size >= (splits + 1) * _LEAST_BLOCKS * block_k:
-        wider = triton.cdiv(out_size, max(1, device.sm_count // (splits + 1)))
+        wider = cdiv(out_size, max(1, device.sm_count // (splits + 1)))
         if wider > max_rows:
             break
         rows, splits = wider, splits + 1
-    rows = triton.cdiv(rows, triton.cdiv(rows, max_rows))
+    rows = cdiv(rows, cdiv(rows, max_rows))
     tiles = ProductTiles(rows, block_k, splits, num_stages=2)
     height, width = tiles.block_n * parts, max(16, next_power_of_2(num_rows))
     # Beside the stages, one of which is computed with, there are the tile that was read ahead and the halves of x.
     room = device.shared_memory - (height + 2 * width) * block_k - (16 << 10)
     stages = 1 + room // ((height + 2 * width + 2) * block_k)
-    tiles = replace(tiles, num_stages=max(2, min(stages, triton.cdiv(triton.cdiv(in_size, block_k), splits))))
+    tiles = replace(tiles, num_stages=max(2, min(stages, cdiv(cdiv(in_size, block_k), splits))))
     if height < 128:
         return tiles
     # With so few registers two programs fit a multiprocessor: one ends while the next kernel's begins.

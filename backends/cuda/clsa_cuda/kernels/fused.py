@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clsa_cuda import plain
 from clsa_cuda.kernels.overlap import wait
-from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
+from clsa_cuda.kernels.tiles import cdiv, launch_options, limits, next_power_of_2
 
 _SWIGLU_BLOCK = 1024
 _TOKENS_BLOCK = 128
@@ -150,7 +150,7 @@ def take_tokens(tokens: Tensor, source: Tensor, sampled: Tensor) -> Tensor:
     (size,) = source.shape
     out = torch.empty(size, dtype=tokens.dtype, device=tokens.device)
     if size:
-        _take_tokens_kernel[triton.cdiv(size, _TOKENS_BLOCK),](
+        _take_tokens_kernel[cdiv(size, _TOKENS_BLOCK),](
             tokens,
             source,
             sampled,
@@ -233,7 +233,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`Ops.swiglu`."""
     g, u = _rows(gate), _rows(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grid = (g.shape[0], triton.cdiv(g.shape[1], _SWIGLU_BLOCK))
+    grid = (g.shape[0], cdiv(g.shape[1], _SWIGLU_BLOCK))
     _swiglu_kernel[grid](
         g,
         u,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clsa.ops import Memory, Selection
 from clsa_cuda.kernels.attend_rows import attend_rows
-from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, next_power_of_2
+from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, cdiv, limits, next_power_of_2
 
 
 def gather_attention(
@@ -75,7 +75,7 @@ def compact_rows(memory: Memory, selection: Selection) -> CompactRows:
     row_size = shape[1] * shape[2]
     block = max(1, min(16, 8192 // next_power_of_2(row_size)))
     if num_queries:
-        _compact_kernel[num_queries, triton.cdiv(k, block)](
+        _compact_kernel[num_queries, cdiv(k, block)](
             memory.k,
             memory.v,
             selection.rows,

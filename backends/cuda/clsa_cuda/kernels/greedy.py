@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
-from clsa_cuda.kernels.tiles import launch_options, limits
+from clsa_cuda.kernels.tiles import cdiv, launch_options, limits
 
 _BLOCK = 1024
 _AT_ONCE = 4
@@ -70,7 +70,7 @@ def greedy(logits: Tensor) -> Tensor:
     if num_rows == 0:
         return tokens
     device = limits(logits.device)
-    splits = min(_MAX_SPLITS, max(1, triton.cdiv(vocab_size, _BLOCK * _AT_ONCE)))
+    splits = min(_MAX_SPLITS, max(1, cdiv(vocab_size, _BLOCK * _AT_ONCE)))
     _greedy_kernel[num_rows, splits](
         logits,
         tokens,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clsa.ops import HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Weight, Window
 from clsa_cuda import plain
-from clsa_cuda.kernels.blocks import add_linear, linears, norm_linears, norm_swiglu
+from clsa_cuda.kernels.blocks import add_linear, close_layer, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.draw import draw
@@ -43,6 +43,7 @@ class KernelOps(TorchOps):
     linears = staticmethod(linears)
     add_linear = staticmethod(add_linear)
     norm_swiglu = staticmethod(norm_swiglu)
+    close_layer = staticmethod(close_layer)
     rms_norm = staticmethod(rms_norm)
     swiglu = staticmethod(swiglu)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clsa.errors import BackendError
 from clsa.ops import Queries
-from clsa_cuda.kernels.tiles import Limits, next_power_of_2
+from clsa_cuda.kernels.tiles import Limits, next_power_of_2, remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class PrefillTiles:
     maxnreg: int | None = None  # of a thread; None leaves it to the compiler
 
 
+@remembered
 def prefill_tiles(head_dim: int, itemsize: int, device: Limits, window: bool) -> PrefillTiles:
     """Sums of a tile in a quarter of the registers, and blocks of keys that fit the shared memory beside its queries.
 

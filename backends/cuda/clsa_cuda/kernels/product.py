@@ -19,7 +19,7 @@ import triton.language as tl
 
 from clsa_cuda.kernels.float8 import finite
 from clsa_cuda.kernels.overlap import wait
-from clsa_cuda.kernels.tiles import Limits, next_power_of_2
+from clsa_cuda.kernels.tiles import Limits, cdiv, next_power_of_2, remembered
 
 MAX_ROWS = 64
 _MAX_BLOCK = 64  # outputs of a tile
@@ -41,7 +41,7 @@ class ProductTiles:
         return max(16, next_power_of_2(self.rows))
 
     def units(self, out_size: int) -> int:
-        return triton.cdiv(out_size, self.rows) * self.splits
+        return cdiv(out_size, self.rows) * self.splits
 
     def scratch(self, out_size: int, block_m: int, swiglu: bool) -> int:
         """Floats that the parts of K need: sums, and squares of the norm."""
@@ -49,15 +49,16 @@ class ProductTiles:
         return 0 if self.splits == 1 else parts * (self.block_n * (2 if swiglu else 1) + 1)
 
 
+@remembered
 def product_tiles(num_rows: int, out_size: int, in_size: int, swiglu: bool, norm: bool, device: Limits) -> ProductTiles:
     """A tile for every multiprocessor, as deep a pipeline as fits; measured on an H200 (docs/log.md)."""
     splits = 1 if swiglu or in_size < 1024 else 2
-    rows = triton.cdiv(out_size * splits, device.sm_count)
-    if splits == 2 and triton.cdiv(3 * out_size, device.sm_count) <= _MAX_BLOCK:
+    rows = cdiv(out_size * splits, device.sm_count)
+    if splits == 2 and cdiv(3 * out_size, device.sm_count) <= _MAX_BLOCK:
         splits = 3  # fuller tiles: 2,560 outputs are 59 rows of 64 instead of 39
-        rows = triton.cdiv(out_size * splits, device.sm_count)
-    waves = triton.cdiv(rows, _MAX_BLOCK)
-    rows = max(1, triton.cdiv(rows, waves))
+        rows = cdiv(out_size * splits, device.sm_count)
+    waves = cdiv(rows, _MAX_BLOCK)
+    rows = max(1, cdiv(rows, waves))
     many = waves > 4  # then programs overlap each other, and smaller ones leave room for it
     # The norm's weights are fetched ahead of their use if a thread takes at least two of them.
     block_k = 64 if many else 256 if norm and not swiglu else 128

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from clsa.ops import Float8Weight, Weight
-from clsa_cuda.kernels.tiles import Limits, next_power_of_2
+from clsa_cuda.kernels.tiles import Limits, cdiv, next_power_of_2, remembered
 
 BLOCK_N = 64  # outputs of a tile: what one warp group multiplies at once
 _MAX_STAGES = 9
@@ -34,7 +33,7 @@ class RingTiles:
     num_stages: int  # tiles of weights, and of x, in the rings
 
     def units(self, out_size: int) -> int:
-        return triton.cdiv(out_size, self.rows) * self.splits
+        return cdiv(out_size, self.rows) * self.splits
 
     def scratch(self, out_size: int, block_m: int) -> int:
         """Floats that the parts of K need: sums, and squares of the norm."""
@@ -50,6 +49,7 @@ def ring_bytes(block_m: int, block_k: int, swiglu: bool, norm: bool, itemsize: i
     return block_k * (itemsize * BLOCK_N * (2 if swiglu else 1) + 2 * (block_m + norm))
 
 
+@remembered
 def ring_tiles(
     num_rows: int, out_size: int, in_size: int, swiglu: bool, norm: bool, device: Limits, itemsize: int = 2
 ) -> RingTiles | None:
@@ -63,19 +63,19 @@ def ring_tiles(
         return None
     splits = 1
     if not swiglu and in_size >= 1024:
-        splits = next((parts for parts in (3, 2) if triton.cdiv(parts * out_size, device.sm_count) <= BLOCK_N), 1)
-    rows = triton.cdiv(out_size * splits, device.sm_count)
-    waves = triton.cdiv(rows, BLOCK_N)
+        splits = next((parts for parts in (3, 2) if cdiv(parts * out_size, device.sm_count) <= BLOCK_N), 1)
+    rows = cdiv(out_size * splits, device.sm_count)
+    waves = cdiv(rows, BLOCK_N)
     room = device.shared_memory // min(waves, 2) - 2048
     for block_k in _BLOCKS:
         stage = ring_bytes(block_m, block_k, swiglu, norm, itemsize)
-        turns = triton.cdiv(in_size // block_k, splits)
+        turns = cdiv(in_size // block_k, splits)
         if norm and block_m * block_k > _MAX_SQUARES:
             continue
         operands = 2 * block_m * block_k if itemsize == 1 else 0
         stages = min(_MAX_STAGES, turns, (room - operands) // stage)
         if in_size % block_k == 0 and stages >= 3 and (stage <= _MAX_STAGE or turns <= _FEW_TURNS):
-            return RingTiles(triton.cdiv(rows, waves), block_k, splits, stages)
+            return RingTiles(cdiv(rows, waves), block_k, splits, stages)
         if itemsize * block_k <= 128:  # what a row of a tile has at least
             break
     return None

@@ -21,6 +21,10 @@ _MIN_GROUP, _MAX_GROUP = 4, PAGE_SIZE
 EARLY_LAUNCH = True
 
 
+# For functions from sizes to tiles: working them out takes as long as a launch, and a step's layers ask for the same.
+remembered = functools.lru_cache(maxsize=1024)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What of a device decides sizes."""
@@ -51,6 +55,11 @@ def launch_options(device: Limits) -> dict[str, bool]:
     return {"launch_pdl": True} if device.early_launch else {}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` is for kernels too, and takes ten times as long on the host.)"""
+    return -(-a // b)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
@@ -78,6 +87,7 @@ class SelectTiles:
     score_pages: int = 1  # that a program scores at once
 
 
+@remembered
 def select_tiles(num_queries: int, max_pages: int, k: int, device: Limits) -> SelectTiles:
     """Groups with 2 to 4 k maxima: few to search, and enough of them that few tokens reach the best k."""
     if k > MAX_SELECTED:
@@ -122,6 +132,7 @@ class AttentionTiles:
     last: bool = True
 
 
+@remembered
 def attention_tiles(
     num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
 ) -> AttentionTiles:

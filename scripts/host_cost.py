@@ -1,0 +1,140 @@
+"""What the host does for one eager decode step or step with a prompt in it, on a machine without a GPU.
+
+    PYTHONPATH=.:backends/mlx:backends/cuda python scripts/host_cost.py [--plan clsa] [--profile 20]
+
+Kernels are compiled for sm_90 and not launched, matrix products are left out, sizes are small: what remains is Python,
+Triton's way to a launch and torch's allocations, for a model of 32 layers. On a GPU the driver's calls come on top.
+Milliseconds of processor time, the lowest of many steps. Decode steps are recorded there; those with prompts are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import importlib
+import os
+import pkgutil
+import pstats
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gpu_decode  # type: ignore[import-not-found]
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import clsa_cuda.kernels
+from clsa.batch import SequenceChunk, pack, upload
+from clsa.config import PAGE_SIZE, SamplingParams
+from clsa.model import forward, new_state
+from clsa.ops import StepInputs
+from clsa.params import nest, tensor_shapes
+from clsa.plan import make_plan
+from clsa.sampling import SamplingRow, pack_sampling
+from clsa_cuda.kernels.ops import KernelOps
+from clsa_cuda.kernels.tiles import Limits
+
+H200 = Limits(132, 227 << 10, early_launch=True, hopper=True)
+SEQUENCES, CONTEXT, PROMPT = 9, 700, 120  # the last of the sequences brings the prompt
+SMALL = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 64}
+
+
+def pretend() -> None:
+    """A GPU that compiles for sm_90 and launches nothing; products that return what is in memory."""
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"multiprocessor_count": 132, "max_shared_mem": 227 << 10},
+        load_binary=lambda *kernel: (1, 1, 100, 0, 1024),
+    )
+    driver.set_active(
+        SimpleNamespace(
+            utils=utils,
+            launcher_cls=lambda source, metadata: lambda *launch: None,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+    )
+    for module in pkgutil.iter_modules(clsa_cuda.kernels.__path__, "clsa_cuda.kernels."):
+        found = importlib.import_module(module.name)
+        if hasattr(found, "limits"):
+            found.limits = lambda device: H200  # type: ignore[attr-defined]
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.empty(len(x), len(weight), dtype=x.dtype)
+
+    def addmm(x: Tensor, y: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.empty_like(x) if out is None else out
+
+    F.linear, torch.addmm = linear, addmm  # type: ignore[assignment]
+
+
+class Steps:
+    """A small model of a 4B model's layers, and steps of it."""
+
+    def __init__(self, plan: str) -> None:
+        self.config = replace(gpu_decode.config_4b(plan), **SMALL)
+        self.plan, self.ops = make_plan(self.config), KernelOps("cpu")
+        shapes = tensor_shapes(self.config)
+        self.params = nest({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
+        pages = -(-CONTEXT // PAGE_SIZE) + 1
+        self.tables = np.arange(SEQUENCES * pages, dtype=np.int32).reshape(SEQUENCES, pages)
+        self.state = new_state(self.ops, self.plan, SEQUENCES * pages * PAGE_SIZE, SEQUENCES, "bfloat16")
+
+    def inputs(self, with_prompt: bool) -> StepInputs:
+        decodes = range(SEQUENCES - 1)
+        chunks = [SequenceChunk([5], CONTEXT, self.tables[b], b, "last") for b in decodes]
+        if with_prompt:
+            chunks.append(SequenceChunk([5] * PROMPT, CONTEXT - PROMPT, self.tables[-1], SEQUENCES - 1, "none"))
+        sampling, source = pack_sampling([SamplingRow(SamplingParams(), CONTEXT + 1, ()) for _ in decodes])
+        return StepInputs(pack(chunks, self.config.sliding_window), sampling, None, source)
+
+    def run(self, inputs: StepInputs) -> None:
+        here = upload(self.ops, inputs)
+        assert here.sampling is not None
+        logits, self.state = forward(self.ops, self.params, self.plan, here.batch, self.state)
+        assert logits is not None
+        self.ops.sample(logits, here.sampling)
+
+
+def milliseconds(run: Any, repeats: int = 60) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        run()
+        times.append(time.process_time() - begin)
+    return 1e3 * min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", default="clsa", choices=gpu_decode.PLANS)
+    parser.add_argument("--profile", type=int, default=0, help="lines of a profile, by own time")
+    args = parser.parse_args()
+    pretend()
+    torch.set_num_threads(1)
+    steps = Steps(args.plan)
+    for name, with_prompt in (("decode", False), ("with a prompt", True)):
+        inputs = steps.inputs(with_prompt)
+        steps.run(inputs)  # compiles
+        print(f"{name:14s} {milliseconds(lambda inputs=inputs: steps.run(inputs)):6.2f} ms", flush=True)
+        if args.profile:
+            with cProfile.Profile() as profile:
+                for _ in range(20):
+                    steps.run(inputs)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(args.profile)
+
+
+if __name__ == "__main__":
+    main()
