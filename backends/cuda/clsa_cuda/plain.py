@@ -114,6 +114,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def add_linear(x: Tensor, y: Tensor, weight: Weight, in_place: bool = False) -> Tensor:
-    """`in_place`: x becomes the result. cuBLAS adds to what is there, so otherwise x is copied first."""
-    return torch.addmm(x, y, dense(weight, y.dtype).T, out=x if in_place else None)
+def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+    return torch.addmm(x, y, dense(weight, y.dtype).T)

@@ -37,9 +37,9 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -
     return product(h, weight, swiglu=True) if takes(h, weight) else swiglu(*_split(linear(h, weight), (gate, up)))
 
 
-def add_linear(x: Tensor, y: Tensor, weight: Weight, in_place: bool = False) -> Tensor:
-    """`Ops.add_linear`; `in_place`: x is nobody else's, and may become the result."""
-    return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight, in_place)
+def add_linear(x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+    """`Ops.add_linear`."""
+    return product(y, weight, residual=x) if takes(y, weight) else plain.add_linear(x, y, weight)
 
 
 def close_layer(
@@ -47,7 +47,11 @@ def close_layer(
 ) -> Tensor:
     """`Ops.close_layer`."""
     x = add_linear(x, o, o_proj)
-    return add_linear(x, norm_swiglu(x, norm, eps, gate, up), down, in_place=True)
+    y = norm_swiglu(x, norm, eps, gate, up)
+    if takes(y, down):
+        return product(y, down, residual=x)
+    # x is nobody else's. cuBLAS adds to what is there, so to another place it would be copied first.
+    return torch.addmm(x, y, plain.dense(down, y.dtype).T, out=x)
 
 
 def _split(out: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
