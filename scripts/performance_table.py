@@ -34,6 +34,8 @@ Triton 3.6 does not offer), and an attention over windows that fills its memory 
 what a multiprocessor has on its way: {dense:.0%} of the floor.
 
 One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
+From earlier kernels (docs/log.md, 2026-11-28): the steps of YOCO and the Transformer, the tables of `clsa bench paper` and `capacity`, dense attention.
+Steps at batch 8 read their selection by four warps, which was taken back because it is slower.
 """
 
 

@@ -14,25 +14,11 @@ from clsa_cuda.kernels.bounds import lowest_kept
 from clsa_cuda.kernels.draw import draw
 from clsa_cuda.sample import penalize
 from tests.cuda.conftest import DEVICE
-from tests.ops.test_sample import batch
+from tests.ops.test_sample import FILTERS, batch
 from tests.tolerance import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # log 0, in the interpreter
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.0, "top_k": 3},
-    {"temperature": 0.3},
-    {"top_k": 1},
-    {"top_k": 5},
-    {"top_k": 10_000},
-    {"top_p": 1e-6},
-    {"top_p": 0.5},
-    {"top_p": 0.97, "temperature": 2.0},
-    {"min_p": 0.1},
-    {"min_p": 1.0},
-    {"min_p": 0.01, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
-    {"min_p": 0.9, "top_k": 50, "top_p": 0.99},  # fewer survive min-p than top-k would keep
-]
+KINDS: list[dict[str, Any]] = [{}, {"temperature": 0.0, "top_k": 3}, *FILTERS]
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 

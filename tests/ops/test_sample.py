@@ -12,6 +12,21 @@ from clsa.ops import Ops, Sampled, SamplingBatch
 from tests.ops.cases import integers
 from tests.tolerance import assert_close, assert_equal
 
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": 0.3},
+    {"temperature": 5.0},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10_000},
+    {"top_p": 1e-6},
+    {"top_p": 0.5},
+    {"top_p": 0.97, "temperature": 2.0},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 0.01, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
+    {"min_p": 0.9, "top_k": 50, "top_p": 0.99},  # fewer survive min-p than top-k would keep
+]
+
 
 def batch(ops: Ops, num_rows: int, **values: Any) -> SamplingBatch:
     """Parameters of R rows; a scalar holds for all of them, the host flags follow from the values."""
@@ -93,24 +108,7 @@ def test_flat_logits_show_the_noise_alone(ops: Ops) -> None:
     assert len(np.unique(tokens)) > 220
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"temperature": 0.3},
-        {"temperature": 5.0},
-        {"top_k": 1},
-        {"top_k": 5},
-        {"top_k": 10_000},
-        {"top_p": 1e-6},
-        {"top_p": 0.5},
-        {"top_p": 0.97, "temperature": 2.0},
-        {"min_p": 0.1},
-        {"min_p": 1.0},
-        {"min_p": 0.01, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
-        {"min_p": 0.9, "top_k": 50, "top_p": 0.99},  # fewer survive min-p than top-k would keep
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("values", FILTERS, ids=str)
 def test_filters(ops: Ops, values: dict[str, Any]) -> None:
     logits = np.random.default_rng(1).standard_normal((256, 111)) * 2
     assert_same_tokens(ops, values, logits, **values)

@@ -86,20 +86,14 @@ def attend_rows(
         "num_warps": tiles.num_warps,
         **launch_options(device),
     }
+    counters = arrival_counters(q.device)
+    shared = (rows, lengths, sequence, out, partial, sums, counters, num_heads, q.stride(0))
     if in_words:
         words = [x.view(torch.int16) for x in kv]
         _attend_float8_kernel[pairs, splits](
             q,
             *words,
-            rows,
-            lengths,
-            sequence,
-            out,
-            partial,
-            sums,
-            arrival_counters(q.device),
-            num_heads,
-            q.stride(0),
+            *shared,
             words[0].stride(0),
             words[1].stride(0),
             rows.stride(0),
@@ -115,15 +109,7 @@ def attend_rows(
         *kv,
         *own,
         *((arrival.norms.q, arrival.norms.k, arrival.frequencies, arrival.mapping) if arrival else (q, q, q, q)),
-        rows,
-        lengths,
-        sequence,
-        out,
-        partial,
-        sums,
-        arrival_counters(q.device),
-        num_heads,
-        q.stride(0),
+        *shared,
         kv[0].stride(0),
         kv[1].stride(0),
         own[0].stride(0),

@@ -22,7 +22,6 @@ PER_PROGRAM = 2048
 MAX_SPLITS = 128
 _DIGITS = tl.constexpr(16)
 _SHIFTS = range(28, -4, -4)
-_EXTREME, _TOP_K, _TOP_P = 0, 1, 2
 
 
 def splits_of(vocab_size: int) -> int:
