@@ -1,4 +1,4 @@
-"""What the host does for one eager decode step or step with a prompt in it, on a machine without a GPU.
+"""What the host does for one eager step of decodes, of a prompt, or of both, on a machine without a GPU.
 
     PYTHONPATH=.:backends/mlx:backends/cuda python scripts/host_cost.py [--plan clsa] [--profile 20]
 
@@ -92,20 +92,20 @@ class Steps:
         self.tables = np.arange(SEQUENCES * pages, dtype=np.int32).reshape(SEQUENCES, pages)
         self.state = new_state(self.ops, self.plan, SEQUENCES * pages * PAGE_SIZE, SEQUENCES, "bfloat16")
 
-    def inputs(self, with_prompt: bool) -> StepInputs:
-        decodes = range(SEQUENCES - 1)
+    def inputs(self, num_decodes: int, with_prompt: bool) -> StepInputs:
+        decodes = range(num_decodes)
         chunks = [SequenceChunk([5], CONTEXT, self.tables[b], b, "last") for b in decodes]
         if with_prompt:
             chunks.append(SequenceChunk([5] * PROMPT, CONTEXT - PROMPT, self.tables[-1], SEQUENCES - 1, "none"))
-        sampling, source = pack_sampling([SamplingRow(SamplingParams(), CONTEXT + 1, ()) for _ in decodes])
+        rows = [SamplingRow(SamplingParams(), CONTEXT + 1, ()) for _ in decodes]
+        sampling, source = pack_sampling(rows) if rows else (None, None)
         return StepInputs(pack(chunks, self.config.sliding_window), sampling, None, source)
 
     def run(self, inputs: StepInputs) -> None:
         here = upload(self.ops, inputs)
-        assert here.sampling is not None
         logits, self.state = forward(self.ops, self.params, self.plan, here.batch, self.state)
-        assert logits is not None
-        self.ops.sample(logits, here.sampling)
+        if logits is not None and here.sampling is not None:
+            self.ops.sample(logits, here.sampling)
 
 
 def milliseconds(run: Any, repeats: int = 60) -> float:
@@ -125,8 +125,12 @@ def main() -> None:
     pretend()
     torch.set_num_threads(1)
     steps = Steps(args.plan)
-    for name, with_prompt in (("decode", False), ("with a prompt", True)):
-        inputs = steps.inputs(with_prompt)
+    for name, num_decodes, with_prompt in (
+        ("decodes", SEQUENCES - 1, False),
+        ("with a prompt", SEQUENCES - 1, True),
+        ("prompt alone", 0, True),
+    ):
+        inputs = steps.inputs(num_decodes, with_prompt)
         steps.run(inputs)  # compiles
         print(f"{name:14s} {milliseconds(lambda inputs=inputs: steps.run(inputs)):6.2f} ms", flush=True)
         if args.profile:

@@ -43,6 +43,7 @@ from clsa_cuda.kernels import (
 )
 from clsa_cuda.kernels import pick as picking
 from clsa_cuda.kernels.float8_product import float8_tiles
+from clsa_cuda.kernels.launch import jit_function
 from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.product import product_tiles
 from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring_tiles
@@ -94,7 +95,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     integers = dict.fromkeys(("k_stride", "v_stride", "K"), "i32")
     constants = {"E": 512, "BLOCK_E": 512, "BLOCK": 16}
     out["compact bfloat16"] = (
-        gather_attention._compact_kernel,
+        jit_function(gather_attention._compact_kernel),
         pointers | integers,
         constants,
         {"num_warps": 4},
@@ -106,7 +107,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         | dict.fromkeys(("k_stride", "v_stride", "k_idx_stride"), "i32")
     )
     constants = {"E": 512, "BLOCK_E": 512, "I": 128, "BLOCK_I": 128}
-    out["write bfloat16"] = (write_memory._write_kernel, types, constants, {"num_warps": 2})
+    out["write bfloat16"] = (jit_function(write_memory._write_kernel), types, constants, {"num_warps": 2})
     return out
 
 
@@ -124,7 +125,7 @@ def score(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         "GROUP": tiles.group,
         "STAGES": tiles.score_stages,
     }
-    return select._score_kernel, types, constants, {"num_warps": tiles.score_warps}
+    return jit_function(select._score_kernel), types, constants, {"num_warps": tiles.score_warps}
 
 
 def pick(batch: int, context: int, k: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
@@ -157,7 +158,7 @@ def pick(batch: int, context: int, k: int) -> tuple[Any, dict[str, str], dict[st
         "WHOLE": whole,
         "OVERLAP": True,
     }
-    return picking._pick_kernel, types, constants, {"num_warps": tiles.pick_warps}
+    return jit_function(picking._pick_kernel), types, constants, {"num_warps": tiles.pick_warps}
 
 
 def attention(
@@ -194,12 +195,12 @@ def attention(
         "MERGED": attend_rows.merged(tiles.splits, tiles.pack * repeat, head_dim),
         "OVERLAP": True,
     }
-    return attend._attend_kernel, types, constants, {"num_warps": tiles.num_warps}
+    return jit_function(attend._attend_kernel), types, constants, {"num_warps": tiles.num_warps}
 
 
 def attention_float8(source: str, batch: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     _, types, constants, options = attention(source, "bfloat16", 128, 5, batch)
-    kernel = attend_float8._attend_float8_kernel
+    kernel = jit_function(attend_float8._attend_float8_kernel)
     constants |= {"KV_HEADS": 4, "NATIVE": True}
     types, constants = ({n: v for n, v in found.items() if n in kernel.arg_names} for found in (types, constants))
     return kernel, types | {"k": "*i16", "v": "*i16"}, constants, options
@@ -218,9 +219,9 @@ def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], 
         "BLOCK_N": tiles.block_n,
         "STAGES": tiles.num_stages,
     }
-    kernel = sliding_prefill._sliding_kernel
+    kernel = jit_function(sliding_prefill._sliding_kernel)
     if kind == "causal":
-        kernel, constants["PAGE"] = causal_prefill._causal_kernel, PAGE_SIZE
+        kernel, constants["PAGE"] = jit_function(causal_prefill._causal_kernel), PAGE_SIZE
     types = {name: t for name, t in (types | {"scale": "fp32"}).items() if name in kernel.arg_names}
     return kernel, types, constants, {"num_warps": tiles.num_warps}
 
@@ -240,7 +241,7 @@ def linear_of(
     if ring is not None:
         constants = ring_constants(rows, in_size, ring, norm, swiglu) | {"SCALED": weights == "float8"}
         return (
-            ring_product._ring_kernel,
+            jit_function(ring_product._ring_kernel),
             types | {"norm": "*bf16", "w": "*fp8e4nv" if weights == "float8" else "*bf16"},
             constants,
             {"num_warps": 4},
@@ -260,7 +261,7 @@ def linear_of(
         "OVERLAP": True,
     }
     limit = {"maxnreg": tiles.max_registers} if tiles.max_registers else {}
-    return linear._linear_kernel, types, constants, {"num_warps": tiles.num_warps} | limit
+    return jit_function(linear._linear_kernel), types, constants, {"num_warps": tiles.num_warps} | limit
 
 
 def ring_constants(rows: int, in_size: int, tiles: RingTiles, norm: bool, swiglu: bool) -> dict[str, Any]:
@@ -286,7 +287,7 @@ def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dic
     types |= dict.fromkeys(("q_stride", "k_stride", "table_stride", "capacity", "max_groups"), "i32")
     group = select_tiles(512, 2048, 2048, H200).group
     constants = {"I": 128, "PAGE": PAGE_SIZE, "GROUP": group, "BLOCK_M": block_m, "STAGES": num_stages}
-    return score_many._score_kernel, types, constants, {"num_warps": num_warps}
+    return jit_function(score_many._score_kernel), types, constants, {"num_warps": num_warps}
 
 
 def report(

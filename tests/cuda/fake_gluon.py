@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
 
+from clsa_cuda.kernels.launch import jit_function
+
 SHARED_MEMORY = 227 << 10  # bytes of a program on Hopper: what passes here fits there
 FROM_THE_KERNEL_IN_FRONT = ("x", "residual")  # arguments
 OF_TORCH = ("abs", "exp", "float32", "int32", "int64", "permute", "reshape", "sqrt", "zeros_like")
@@ -312,7 +314,8 @@ def _to(x: Tensor, convert: Callable[..., Tensor], *to: Any, bitcast: bool = Fal
 @contextmanager
 def emulated(patch: pytest.MonkeyPatch, module: ModuleType, kernel: str) -> Iterator[FakeGluon]:
     """A module whose Gluon functions are Python, and its kernel launched by a `FakeGluon`."""
-    functions = {name: value.fn for name, value in vars(module).items() if isinstance(value, GluonJITFunction)}
+    known = {name: jit_function(value) for name, value in vars(module).items()}
+    functions = {name: value.fn for name, value in known.items() if isinstance(value, GluonJITFunction)}
     gpu, threads = FakeGluon(functions.pop(kernel)), torch.get_num_threads()
     torch.set_num_threads(1)  # more are slower: the tiles are small
     with patch.context() as inside:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.fused import sine_and_cosine
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import wait
 
 
@@ -149,6 +150,7 @@ def _attend_to(q_tile, k_tile, v_tile, visible, scale, acc, total, highest):
     return acc, total, new_highest
 
 
+@launcher
 @triton.jit(do_not_specialize=["splits"])
 def _attend_kernel(
     q,  # [T, H, D]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from clsa_cuda.kernels.attend import merge_splits, rows_of_block, share
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import wait
 
 
@@ -71,6 +72,7 @@ def _attend_to(q_even, q_odd, k_words, v_words, visible, scale, even, odd, total
     return even, odd, total, new_highest
 
 
+@launcher
 @triton.jit(do_not_specialize=["splits"])
 def _attend_float8_kernel(
     q,  # [T, H, D]

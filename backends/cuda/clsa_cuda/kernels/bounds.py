@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import SamplingBatch
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import Limits, cdiv, launch_options, limits
 
@@ -62,6 +63,7 @@ def _share(V, splits, BLOCK: tl.constexpr):
     return first, tl.minimum(first + per_split, V)
 
 
+@launcher
 @triton.jit
 def _highest_kernel(
     z,  # [R, V]
@@ -108,6 +110,7 @@ def _agreeing(z, start, stop, lowest, known, SHIFT: tl.constexpr, LENGTH: tl.con
     return x, u, live
 
 
+@launcher
 @triton.jit
 def _digit_kernel(
     z,  # [R, V]

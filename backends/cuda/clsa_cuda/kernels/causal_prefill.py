@@ -12,6 +12,7 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries
 from clsa_cuda.kernels.float8 import widened
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.prefill import (
     PrefillTiles,
     attend_block,
@@ -25,6 +26,7 @@ from clsa_cuda.kernels.tiles import limits, next_power_of_2
 from clsa_cuda.plain import FLOAT8
 
 
+@launcher
 @triton.jit
 def _causal_kernel(
     q,  # [T, H, D]

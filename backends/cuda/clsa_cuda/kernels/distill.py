@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.errors import BackendError
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.tiles import Limits, cdiv, limits, next_power_of_2
 
 
@@ -60,6 +61,7 @@ def _absorb(scores, highest, total, scale):
     return new_highest, total * tl.exp2(highest - new_highest) + tl.sum(weights, axis=1)
 
 
+@launcher
 @triton.jit
 def _softmax_sum_kernel(
     q,  # [B, G, M, C, D]
@@ -106,6 +108,7 @@ def _softmax_sum_kernel(
     tl.store(sums + head * C + c, highest + tl.log2(total), mask=c < C)
 
 
+@launcher
 @triton.jit
 def _weighted_attention_kernel(
     q,  # [B, G, M, C, D]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clsa.ops import SamplingBatch
 from clsa_cuda.kernels.bounds import in_order, lowest_kept, row_options, splits_of
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import limits
 
@@ -41,6 +42,7 @@ def threefry(low, high, x, y):
     return x + third
 
 
+@launcher
 @triton.jit
 def _draw_kernel(
     logits,  # [R, V], which say whether there is anything to sample from

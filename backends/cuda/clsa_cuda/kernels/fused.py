@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa_cuda import plain
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import cdiv, launch_options, limits, next_power_of_2
 
@@ -15,6 +16,7 @@ _SWIGLU_BLOCK = 1024
 _TOKENS_BLOCK = 128
 
 
+@launcher
 @triton.jit
 def _take_tokens_kernel(
     tokens,  # [n]
@@ -36,6 +38,7 @@ def _take_tokens_kernel(
     tl.store(out + i, tl.where(place < num_tokens, known, late), mask=mask)
 
 
+@launcher
 @triton.jit
 def _embed_kernel(weight, tokens, out, C: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr):
     """Program t: the row of weight [V, C] that tokens [T] name, the first for -1; out [T, C]."""
@@ -46,6 +49,7 @@ def _embed_kernel(weight, tokens, out, C: tl.constexpr, BLOCK_C: tl.constexpr, O
     tl.store(out + t * C + c, tl.load(weight + row * C + c, mask=c < C, other=0.0), mask=c < C)
 
 
+@launcher
 @triton.jit
 def _rms_norm_kernel(
     x,  # [T, C], rows x_stride apart
@@ -88,6 +92,7 @@ def sine_and_cosine(angle):
     return sign * sine, sign * cosine
 
 
+@launcher
 @triton.jit
 def _norm_rope_kernel(
     x,  # [T, H, D], tokens x_stride apart
@@ -127,6 +132,7 @@ def _norm_rope_kernel(
     tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
 
 
+@launcher
 @triton.jit
 def _swiglu_kernel(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Program (t, b): block b of row t. gate and up [T, F], rows their strides apart."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clsa.ops import Memory, Selection
 from clsa_cuda.kernels.attend_rows import attend_rows
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, cdiv, limits, next_power_of_2
 
 
@@ -41,6 +42,7 @@ class CompactRows:
     lengths: Tensor  # [T] int32
 
 
+@launcher
 @triton.jit
 def _compact_kernel(
     k,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.tiles import cdiv, launch_options, limits
 
@@ -24,6 +25,7 @@ def _ordered(logits):
     return tl.where(logits != logits, _NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
+@launcher
 @triton.jit
 def _greedy_kernel(
     logits,  # [R, V]

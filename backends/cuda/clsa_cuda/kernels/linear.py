@@ -11,12 +11,14 @@ from torch import Tensor
 from clsa.ops import Float8Weight, Weight
 from clsa_cuda import plain
 from clsa_cuda.kernels.float8_product import float8_sums, float8_tiles
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.product import MAX_ROWS, ProductTiles, product_tiles, store, sums
 from clsa_cuda.kernels.ring_tiles import RingTiles, tiles_for
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
 
+@launcher
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,  # [M, K], rows x_stride apart

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries, Selection
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters, wait
 from clsa_cuda.kernels.search import ABSENT, both, load_keys, lowest_and_highest, search
 from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_power_of_2
@@ -158,6 +159,7 @@ def _finish(chosen_positions, chosen_rows, length, want, K, BLOCK_K: tl.constexp
     tl.store(length, want)
 
 
+@launcher
 @triton.jit(do_not_specialize=["splits"])
 def _pick_kernel(
     keys,  # [T, capacity]

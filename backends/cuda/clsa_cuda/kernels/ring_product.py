@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from clsa.ops import Float8Weight, Weight
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, aligned, block_of_rows
 from clsa_cuda.kernels.tiles import Limits, launch_options
@@ -124,6 +125,7 @@ def _merged(
     return acc, squares, last
 
 
+@launcher
 @gluon.jit(do_not_specialize=["M"])
 def _ring_kernel(
     x,  # [M, K], rows x_stride apart

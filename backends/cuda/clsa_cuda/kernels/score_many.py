@@ -10,6 +10,7 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries
 from clsa_cuda.kernels.float8 import widened
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.prefill import load_tile, query_tiles
 from clsa_cuda.kernels.search import ABSENT, keys_of
 from clsa_cuda.kernels.tiles import limits
@@ -19,6 +20,7 @@ _PROGRAMS = 4  # of each multiprocessor, at least, if there are pages for them
 _LARGEST_DIM = 256
 
 
+@launcher
 @triton.jit
 def _score_kernel(
     q_idx,  # [T, I]

@@ -17,6 +17,7 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.errors import BackendError
 from clsa.ops import Memory, Queries, Selection
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.pick import pick
 from clsa_cuda.kernels.prefill import asks_many
@@ -28,6 +29,7 @@ from clsa_cuda.kernels.tiles import SelectTiles, launch_options, limits, next_po
 _MAX_SCRATCH_BYTES = 384 << 20
 
 
+@launcher
 @triton.jit
 def _score_kernel(
     q_idx,  # [T, I]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import Queries, Window
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.prefill import (
     PrefillTiles,
     attend_block,
@@ -21,6 +22,7 @@ from clsa_cuda.kernels.prefill import (
 from clsa_cuda.kernels.tiles import limits, next_power_of_2
 
 
+@launcher
 @triton.jit
 def _sliding_kernel(
     q,  # [T, H, D]

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clsa.ops import Memory, Window
+from clsa_cuda.kernels.launch import launcher
 from clsa_cuda.kernels.overlap import wait
 from clsa_cuda.kernels.tiles import launch_options, limits, next_power_of_2
 
@@ -19,6 +20,7 @@ def _store(to, x, mask):
     tl.store(to, x.to(to.dtype.element_ty), mask=mask)
 
 
+@launcher
 @triton.jit
 def _write_kernel(
     k,  # [T, E]
