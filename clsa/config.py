@@ -232,21 +232,31 @@ class MemoryDtypes:
 MODEL_DTYPE = MemoryDtypes()  # all in the dtype of the model
 
 
+_LARGEST = {  # of an engine's sizes that None leaves to it
+    "max_num_seqs": 4096,
+    "max_tokens_per_step": 1 << 20,
+    "max_tokens_in_memory": 1 << 32,
+    "max_model_len": MAX_TOKENS,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How much the engine holds and does at once, and what it keeps in 8 bits.
 
-    `max_num_seqs`: sequences that run together. `max_tokens_per_step`: tokens (prefill and decode) of one
-    step. `max_tokens_in_memory`: capacity of the paged memory in tokens; None sizes it from one sequence of
-    `max_model_len` per running request within `memory_fraction` of the free memory. `max_model_len`: longest
-    prompt + answer; None takes the model's `max_position_embeddings`.
+    `max_num_seqs`: sequences that run together. `max_tokens_per_step`: tokens (prefill and decode) of one step. None
+    takes what the device works best with (`clsa info` shows it): 256 and 8192 on an NVIDIA GPU, 32 and 2048 elsewhere,
+    halved as often as it takes to leave three quarters of the memory beside the weights to contexts.
+    `max_tokens_in_memory`: capacity of the paged memory in tokens; None sizes it from one sequence of `max_model_len`
+    per running request within `memory_fraction` of the free memory. `max_model_len`: longest prompt + answer; None
+    takes the model's `max_position_embeddings`.
 
     `kv_dtype` and `index_dtype`: K and V, and index keys, of the paged memory; `weight_dtype`: the projections of
     the layers. None is the dtype of the model, "fp8" float8 E4M3. Windows, embedding, head and norms stay as they are.
     """
 
-    max_num_seqs: int = 32
-    max_tokens_per_step: int = 2048
+    max_num_seqs: int | None = None
+    max_tokens_per_step: int | None = None
     max_tokens_in_memory: int | None = None
     max_model_len: int | None = None
     memory_fraction: float = 0.6
@@ -257,14 +267,12 @@ class EngineConfig:
     weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        check_int("max_num_seqs", self.max_num_seqs, 1, 4096)
-        check_int("max_tokens_per_step", self.max_tokens_per_step, 1, 1 << 20)
         check_int("max_waiting", self.max_waiting, 1, 1 << 24)
         check_int("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1 << 44)
         check_float("memory_fraction", self.memory_fraction, 0.01, 0.95)
-        for name in ("max_tokens_in_memory", "max_model_len"):
+        for name, most in _LARGEST.items():
             if (value := getattr(self, name)) is not None:
-                check_int(name, value, 1, 1 << 32 if name == "max_tokens_in_memory" else MAX_TOKENS)
+                check_int(name, value, 1, most)
         for name in ("kv_dtype", "index_dtype", "weight_dtype"):
             if (value := getattr(self, name)) not in (None, FP8):
                 raise ConfigError(f"{name} must be None or {FP8!r}, got {show(value)}")

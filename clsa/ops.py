@@ -207,11 +207,25 @@ def map_arrays(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """How much one step takes at most: sequences that run together, and tokens of prompts and answers.
+
+    A step with prompts is not recorded, so between steps that are it costs the host some milliseconds more. It pays for
+    `min_prompt_tokens` of prompts; fewer wait for others to come, for some steps.
+    """
+
+    max_num_seqs: int
+    max_tokens_per_step: int
+    min_prompt_tokens: int = 1
+
+
 class Ops(Protocol):
     """What the model needs of an array library. A module with these functions is an `Ops`."""
 
     name: str  # "numpy", "mlx", "cuda"
     device: str  # what it computes on, in words a user reads
+    step_size: StepSize  # what this device works best with, if nobody says otherwise and the memory allows it
     temporary_bytes: int  # what one op may take beside its arguments and its result, whatever their sizes
     keeps_quantized: bool  # whether a quantised weight stays one on the device; if not, it becomes a dense one
     no_fp8: Mapping[str, str]  # "memory" and "weights", where this device cannot keep them in E4M3: why, what helps

@@ -23,6 +23,7 @@ from clsa.request import FinishReason, Request, RequestQueue, State
 from clsa.residency import Copy, Residency, num_pages
 
 PREFILL_SHARE = 4  # one token in so many is kept for prefill when decodes would fill the step
+PATIENCE = 8  # steps that too few tokens of prompts wait for more to come, while others decode
 
 
 class Chunk(NamedTuple):
@@ -59,7 +60,7 @@ class _Draft:
     restores: list[Copy] = field(default_factory=list)
     snapshots: list[Copy] = field(default_factory=list)
     num_logits: int = 0
-    closed: bool = False  # the head of the queue was not admitted, so nobody is
+    closed: bool = False  # the head of the queue was not admitted, or shall wait, so nobody is
 
     def place(self, request: Request, stop: int, snapshot: Copy | None) -> None:
         start = request.num_computed
@@ -84,8 +85,9 @@ class Scheduler:
     Args: `num_pages` of the memory; `num_slots` window slots, 0..num_slots-1, one per running request;
     `num_snapshots` window snapshots, the ids after those; `max_tokens_per_step`; `max_model_len` of prompt and
     answer; `window` of the sliding layers, 0 if there are none; `max_waiting` requests in the queue;
-    `snapshot_every` pages at most between two snapshots of a prompt; `max_cached_pages` of the prefix cache (None:
-    no bound but the memory); `eos_token_ids` that end a request.
+    `min_prompt_tokens` of prompts that are worth a step with prompts while others decode (fewer wait for PATIENCE
+    steps); `snapshot_every` pages at most between two snapshots of a prompt; `max_cached_pages` of the prefix cache
+    (None: no bound but the memory); `eos_token_ids` that end a request.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Scheduler:
         max_model_len: int,
         window: int,
         max_waiting: int,
+        min_prompt_tokens: int = 1,
         snapshot_every: int = 16,
         max_cached_pages: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
@@ -105,6 +108,7 @@ class Scheduler:
         self._max_tokens = check_int("max_tokens_per_step", max_tokens_per_step, 1, 1 << 20)
         self._max_model_len = check_int("max_model_len", max_model_len, 1, MAX_TOKENS)
         self._max_waiting = check_int("max_waiting", max_waiting, 1, 1 << 24)
+        self._min_prompt_tokens = check_int("min_prompt_tokens", min_prompt_tokens, 1, 1 << 20)
         self._eos = frozenset(eos_token_ids)
         self._state = Residency(
             pages=check_int("num_pages", num_pages, 1, 1 << 32),
@@ -121,6 +125,7 @@ class Scheduler:
         self._leaving = 0
         self._outstanding: deque[StepPlan] = deque()
         self._refused: tuple[Request, int, int] | None = None  # who was not admitted, and with what around
+        self._held = 0  # steps since somebody could have been admitted, if only the prompt had been longer
         self._arrivals = self._steps = self._turns = self._preemptions = self._tokens_hit = self._tokens_admitted = 0
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -230,6 +235,7 @@ class Scheduler:
         reserve = self._reserve() if prefills or (self._waiting and self._state.free_slots) else 0
         late = self._decode(draft, decodes, reserve)
         before = draft.budget
+        draft.closed = not prefills and bool(draft.chunks) and self._waits_for_more()
         self._prefill(draft, prefills)
         if draft.budget == before:  # nobody could use the reserve
             self._decode(draft, late, 0)
@@ -303,6 +309,22 @@ class Scheduler:
                 self._state.grow(request, stop)
             draft.place(request, stop, None if stop % PAGE_SIZE else self._state.snapshot(request, stop, move=True))
         return []
+
+    def _waits_for_more(self) -> bool:
+        """Whether what could be admitted now is too little for a step, and has not waited for long.
+
+        How much that is is estimated from the head of the queue, which is all that is looked at of it.
+        """
+        head = self._waiting.peek()
+        free = len(self._state.free_slots)
+        if head is None or not free:
+            return False
+        self._held += 1
+        tokens = head.num_total * min(free, len(self._waiting))
+        if self._held > PATIENCE or tokens >= self._min_prompt_tokens:
+            self._held = 0
+            return False
+        return True
 
     def _prefill(self, draft: _Draft, prefills: list[Request]) -> None:
         """Chunks of running prompts and of newly admitted ones, merged in the order of service."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clsa.config import MODEL_DTYPE, PAGE_SIZE, EngineConfig, MemoryDtypes
 from clsa.errors import ConfigError
-from clsa.ops import Ops
+from clsa.ops import Ops, StepSize
 from clsa.params import dtype_bytes, state_numbers_per_token, window_bytes
 from clsa.plan import Plan
 from clsa.weights import weight_bytes
@@ -17,6 +17,8 @@ SNAPSHOTS_PER_SEQUENCE = 4
 ACTIVATION_BYTES = 8  # of a number on its way: in float32, and once more while an op makes the next of it
 SAMPLING_BYTES = 64  # of a logit: itself, its noise (integers of 8 bytes on some backends), sorted copies for filters
 TEMPORARIES = 6  # arrays of the largest size that an op holds at a time
+ROOM_FOR_MEMORIES = 4  # of the bytes beside the weights, windows and steps get one in so many unless asked for more
+MIN_STEP_TOKENS = 256  # that are left to a step whose size nobody gave
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Sizes:
     num_slots: int
     num_snapshots: int
     num_cached_pages: int  # of the pages, how many the prefix cache may keep
+    step_size: StepSize
     num_bytes: int  # of all state together
     weight_bytes: int = 0
     step_bytes: int = 0  # what a step may take beside weights and state
@@ -38,6 +41,7 @@ class Sizes:
             "max_model_len": self.max_model_len,
             "max_tokens_in_memory": self.num_pages * PAGE_SIZE,
             "max_tokens_cached": self.num_cached_pages * PAGE_SIZE,
+            "max_tokens_per_step": self.step_size.max_tokens_per_step,
             "weight_bytes": self.weight_bytes,
             "state_bytes": self.num_bytes,
             "step_bytes": self.step_bytes,
@@ -58,13 +62,14 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
             f"max_model_len must be at most the model's {config.max_position_embeddings} positions, got {max_model_len}"
         )
     weights = weight_bytes(ops, config, dtype, engine.weight_dtype)
-    step = step_bytes(ops, plan, engine, max_model_len)
-    budget = _budget(ops, dtype, engine, weights, step)
     page_bytes = state_bytes(ops, plan, dtype, 1, 0, engine.memory_dtypes)
     ring_bytes = state_bytes(ops, plan, dtype, 0, 1)
-    rings = engine.max_num_seqs * ring_bytes
-    snapshots = _num_snapshots(plan, engine, ring_bytes, budget - rings)
-    tokens = engine.max_tokens_in_memory or engine.max_num_seqs * max_model_len
+    size = _step_size(ops, plan, engine, max_model_len, weights, ring_bytes)
+    step = step_bytes(ops, plan, engine, size, max_model_len)
+    budget = _budget(ops, dtype, engine, weights, step)
+    rings = size.max_num_seqs * ring_bytes
+    snapshots = _num_snapshots(plan, engine, size.max_num_seqs, ring_bytes, budget - rings)
+    tokens = engine.max_tokens_in_memory or size.max_num_seqs * max_model_len
     wanted = min(-(-tokens // PAGE_SIZE), MAX_ROWS // PAGE_SIZE if page_bytes else MAX_EMPTY_PAGES)
     needed = wanted if engine.max_tokens_in_memory else 1
     pages = wanted
@@ -76,15 +81,42 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
             f"the state needs {num_bytes:,} bytes and {budget:,} may be used ({engine.memory_fraction:.0%} of what "
             f"weights and a step leave free on {ops.device}); lower max_num_seqs or max_tokens_in_memory"
         )
-    if engine.max_num_seqs * config.sliding_window > MAX_ROWS and ring_bytes:
+    if size.max_num_seqs * config.sliding_window > MAX_ROWS and ring_bytes:
         raise ConfigError(
-            f"max_num_seqs ({engine.max_num_seqs}) windows of {config.sliding_window} tokens are more than {MAX_ROWS} "
+            f"max_num_seqs ({size.max_num_seqs}) windows of {config.sliding_window} tokens are more than {MAX_ROWS} "
             "rows; lower max_num_seqs"
         )
     cached = pages
     if page_bytes:
         cached = min(pages, (engine.prefix_cache_bytes - snapshots * ring_bytes) // page_bytes)
-    return Sizes(max_model_len, pages, engine.max_num_seqs, snapshots, cached, num_bytes, weights, step)
+    return Sizes(
+        max_model_len=max_model_len,
+        num_pages=pages,
+        num_slots=size.max_num_seqs,
+        num_snapshots=snapshots,
+        num_cached_pages=cached,
+        step_size=size,
+        num_bytes=num_bytes,
+        weight_bytes=weights,
+        step_bytes=step,
+    )
+
+
+def _step_size(
+    ops: Ops, plan: Plan, engine: EngineConfig, max_model_len: int, weights: int, ring_bytes: int
+) -> StepSize:
+    """What was asked for. What was not is what the device works best with, halved until memories have enough room."""
+    best = ops.step_size
+    seqs, least_seqs = engine.max_num_seqs or best.max_num_seqs, engine.max_num_seqs or 1
+    tokens = engine.max_tokens_per_step or best.max_tokens_per_step
+    least_tokens = engine.max_tokens_per_step or min(tokens, MIN_STEP_TOKENS)
+    room = (ops.memory_stats()["free"] - weights) // ROOM_FOR_MEMORIES
+    while (seqs, tokens) != (least_seqs, least_tokens):
+        size = replace(best, max_num_seqs=seqs, max_tokens_per_step=tokens)
+        if seqs * ring_bytes + step_bytes(ops, plan, engine, size, max_model_len) <= room:
+            break
+        seqs, tokens = max(least_seqs, seqs // 2), max(least_tokens, tokens // 2)
+    return replace(best, max_num_seqs=seqs, max_tokens_per_step=tokens)
 
 
 def _budget(ops: Ops, dtype: str, engine: EngineConfig, weights: int, step: int) -> int:
@@ -103,10 +135,10 @@ def _budget(ops: Ops, dtype: str, engine: EngineConfig, weights: int, step: int)
     return int((free - weights - step) * engine.memory_fraction)
 
 
-def step_bytes(ops: Ops, plan: Plan, engine: EngineConfig, max_model_len: int) -> int:
+def step_bytes(ops: Ops, plan: Plan, engine: EngineConfig, size: StepSize, max_model_len: int) -> int:
     """A bound on what a step takes beside weights and state: activations, logits, sampling, temporaries of its ops."""
-    c, tokens = plan.config, engine.max_tokens_per_step
-    rows = min(engine.max_num_seqs, tokens)  # those behind the prefill exit
+    c, tokens = plan.config, size.max_tokens_per_step
+    rows = min(size.max_num_seqs, tokens)  # those behind the prefill exit
     heads, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     width = 6 * c.hidden_size + 4 * heads + 4 * keys + 3 * c.intermediate_size
     activations = tokens * width * ACTIVATION_BYTES
@@ -128,13 +160,13 @@ def step_bytes(ops: Ops, plan: Plan, engine: EngineConfig, max_model_len: int) -
     return activations + sampling + min(ops.temporary_bytes, TEMPORARIES * largest)
 
 
-def _num_snapshots(plan: Plan, engine: EngineConfig, ring_bytes: int, left: int) -> int:
+def _num_snapshots(plan: Plan, engine: EngineConfig, max_num_seqs: int, ring_bytes: int, left: int) -> int:
     """At most half of the prefix cache's bytes, the other half are for pages, and a quarter of what is left."""
     if not ring_bytes:
         return 0
     by_bytes = min(engine.prefix_cache_bytes // 2, max(0, left) // 4) // ring_bytes
-    by_rows = MAX_ROWS // plan.config.sliding_window - engine.max_num_seqs
-    return max(0, min(by_bytes, by_rows, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs))
+    by_rows = MAX_ROWS // plan.config.sliding_window - max_num_seqs
+    return max(0, min(by_bytes, by_rows, SNAPSHOTS_PER_SEQUENCE * max_num_seqs))
 
 
 def state_bytes(

@@ -32,6 +32,7 @@ from clsa.ops import (
     Sampled,
     SamplingBatch,
     Selection,
+    StepSize,
     Weight,
     Window,
 )
@@ -39,6 +40,7 @@ from clsa.quantization import dequantize
 
 name = "numpy"
 device = "cpu (NumPy float64, the specification)"
+step_size = StepSize(32, 2048)
 temporary_bytes = 1 << 28  # a query at a time
 keeps_quantized = False
 no_fp8: Mapping[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -98,6 +98,8 @@ def generate(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_tokens_per_step: options.MaxTokensPerStep = None,
     max_memory: options.MaxTokensInMemory = None,
     kv_dtype: options.KvDtype = None,
     index_dtype: options.IndexDtype = None,
@@ -118,7 +120,12 @@ def generate(
     if logprobs is not None and (not json or input is not None):
         raise RequestError("--logprobs needs --json and --prompt")
     engine = EngineConfig(
-        max_tokens_in_memory=max_memory, kv_dtype=kv_dtype, index_dtype=index_dtype, weight_dtype=weight_dtype
+        max_num_seqs=max_num_seqs if prompt is None else 1,
+        max_tokens_per_step=max_tokens_per_step,
+        max_tokens_in_memory=max_memory,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+        weight_dtype=weight_dtype,
     )
     if input is not None or output_ is not None:
         if input is None or output_ is None or prompt is not None:
@@ -137,7 +144,7 @@ def generate(
     if prompt is None:
         raise RequestError("give --prompt TEXT, --prompt - for stdin, or --input FILE --output FILE")
     text = check_text(read_stdin() if prompt == "-" else prompt)
-    with options.opened(model, backend, device, dtype, replace(engine, max_num_seqs=1)) as llm:
+    with options.opened(model, backend, device, dtype, engine) as llm:
         _load_cache(llm, load_cache, salt)
         if report and not json:
             output.echo_prompt(text)

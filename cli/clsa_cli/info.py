@@ -23,6 +23,8 @@ def info(
     ] = None,
     backend: options.Backend = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_tokens_per_step: options.MaxTokensPerStep = None,
     max_memory: options.MaxTokensInMemory = None,
     kv_dtype: options.KvDtype = None,
     index_dtype: options.IndexDtype = None,
@@ -30,7 +32,12 @@ def info(
 ) -> None:
     """Show a model's sizes and what its state costs, and what each backend would do on this machine."""
     engine = EngineConfig(
-        max_tokens_in_memory=max_memory, kv_dtype=kv_dtype, index_dtype=index_dtype, weight_dtype=weight_dtype
+        max_num_seqs=max_num_seqs,
+        max_tokens_per_step=max_tokens_per_step,
+        max_tokens_in_memory=max_memory,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+        weight_dtype=weight_dtype,
     )
     checkpoint, described = _model(model, engine.memory_dtypes)
     ops, found = _backends(backend)
@@ -147,6 +154,7 @@ def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             "holds",
             f"{output.count(plan['max_tokens_in_memory'], 'token')} in {output.count(plan['pages'], 'page')}, "
             f"{plan['max_tokens_cached']:,} of them for prefixes; {output.count(plan['slots'], 'sequence')} at a time, "
+            f"{output.count(plan['max_tokens_per_step'], 'token')} a step, "
             f"{output.count(plan['snapshots'], 'snapshot')} of windows",
         ),
     ]

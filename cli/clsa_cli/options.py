@@ -57,6 +57,19 @@ MaxTokensInMemory = Annotated[
         rich_help_panel=_WHERE,
     ),
 ]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(
+        help="Sequences that are answered together; left out, what the device works best with.", rich_help_panel=_WHERE
+    ),
+]
+MaxTokensPerStep = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of prompts and answers that a step takes; left out, what the device works best with.",
+        rich_help_panel=_WHERE,
+    ),
+]
 KvDtype = Annotated[
     str | None,
     typer.Option(help="fp8: K and V of the memory, one byte a number.", callback=_check_fp8, rich_help_panel=_SMALL),

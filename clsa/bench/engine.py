@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -62,16 +63,11 @@ def make_engine(
     stored: MemoryDtypes = MODEL_DTYPE,
 ) -> Engine:
     """An engine of exactly this size, without a prefix cache: prompts are random, and hits would be luck."""
-    settings = EngineConfig(
-        max_num_seqs=slots,
-        max_tokens_per_step=tokens_per_step,
-        prefix_cache_bytes=0,
-        kv_dtype=stored.kv,
-        index_dtype=stored.index,
-    )
+    settings = EngineConfig(prefix_cache_bytes=0, kv_dtype=stored.kv, index_dtype=stored.index)
     plan = make_plan(config)
     num_bytes = state_bytes(ops, plan, dtype, pages, slots, stored)
-    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, num_bytes)
+    size = replace(ops.step_size, max_num_seqs=slots, max_tokens_per_step=tokens_per_step)
+    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, size, num_bytes)
     return Engine(ops, params, plan, word_tokenizer(config), dtype, settings, sizes)
 
 

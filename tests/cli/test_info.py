@@ -80,7 +80,8 @@ def test_a_person_reads_the_same(run: Run, folder: Path) -> None:
         "toy - no ImportError: no toy",
         "would run: mlx on cpu (asked for auto)",
         "of weights, 6.6 MB of state (float32), up to",
-        "holds 16,384 tokens in 256 pages, 16,384 of them for prefixes; 32 sequences at a time, 128 snapshots",
+        "holds 16,384 tokens in 256 pages, 16,384 of them for prefixes; 32 sequences at a time, 2,048 tokens a step, "
+        "128 snapshots",
     ):
         assert part in words
 

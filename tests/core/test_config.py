@@ -171,7 +171,11 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams(stop=["x", "y"], stop_token_ids=[1]).stop_token_ids == (1,)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("values", [{"max_num_seqs": 0}, {"memory_fraction": 1.5}, {"max_model_len": True}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [{"max_num_seqs": 0}, {"max_tokens_per_step": 1 << 21}, {"memory_fraction": 1.5}, {"max_model_len": True}],
+    ids=str,
+)
 def test_wrong_engine_values(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         EngineConfig(**values)

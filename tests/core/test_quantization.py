@@ -20,7 +20,7 @@ from clsa.checkpoint import open_checkpoint, save_checkpoint
 from clsa.config import EngineConfig, Quantization
 from clsa.convert import convert
 from clsa.errors import CheckpointError, ConfigError, TrainError
-from clsa.ops import QuantizedWeight
+from clsa.ops import QuantizedWeight, StepSize
 from clsa.params import StoredTensor, flatten, num_parameters, stored_tensors, tensor_shapes
 from clsa.plan import make_plan
 from clsa.quantization import dequantize, quantize
@@ -46,6 +46,7 @@ class Keeper:
 
     keeps_quantized = True
     device = "a device"
+    step_size = StepSize(32, 2048)
     temporary_bytes = 0
     free = 0
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from clsa.ops import Compute, Device, HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, Window
+from clsa.ops import Compute, Device, HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selection, StepSize, Window
 
 PAGE = 64
 name = "toy"
 device = "cpu (the toy of the tests)"
+step_size = StepSize(4, 128)
 temporary_bytes = 1 << 26
 no_fp8 = {"memory": "the toy has no fp8", "weights": "the toy has no fp8"}
 

@@ -13,7 +13,7 @@ from clsa.config import PAGE_SIZE as P
 from clsa.config import SamplingParams
 from clsa.errors import RequestError
 from clsa.request import Request, RequestQueue, State
-from clsa.scheduler import Scheduler, StepPlan
+from clsa.scheduler import PATIENCE, Scheduler, StepPlan
 from tests.engine.fake_device import check_ownership
 
 TOKEN = 7
@@ -164,6 +164,48 @@ def test_prompts_are_packed_and_decodes_come_first() -> None:
     assert [chunk.wants_logits for chunk in plan.chunks] == [True, True, False]
     complete(scheduler, plan)
     assert step(scheduler) == [("a", 101, 102), ("b", 51, 52), ("c", 254, 300)]
+
+
+def begun(scheduler: Scheduler, steps: int = 2 * PATIENCE) -> int | None:
+    """The first of so many steps with a prompt in it, from 0."""
+    found = [i for i in range(steps) if any(stop - start > 1 for _, start, stop in step(scheduler))]
+    return found[0] if found else None
+
+
+def test_few_tokens_of_prompts_wait_for_more_while_others_decode() -> None:
+    scheduler = make(num_slots=4, num_snapshots=0, min_prompt_tokens=100)
+    add(scheduler, request("a", 10, max_tokens=100))
+    assert step(scheduler) == [("a", 0, 10)], "nobody decodes"
+    add(scheduler, request("b", 49, max_tokens=100))
+    assert begun(scheduler) == PATIENCE, "and no longer than that"
+    add(scheduler, request("c", 49, max_tokens=100))
+    assert begun(scheduler, 3) is None
+    add(scheduler, request("d", 49, max_tokens=100))
+    assert begun(scheduler) == PATIENCE - 3, "the first has waited for so long"
+    add(scheduler, request("e", 100, max_tokens=100), request("f", 100, max_tokens=100))
+    assert begun(scheduler) is None, "no slot is free"
+
+
+def test_enough_tokens_of_prompts_do_not_wait() -> None:
+    scheduler = make(num_slots=4, num_snapshots=0, min_prompt_tokens=100)
+    add(scheduler, request("a", 10, max_tokens=100))
+    step(scheduler)
+    add(scheduler, request("b", 60, max_tokens=100))
+    assert begun(scheduler, 2) is None
+    add(scheduler, request("c", 50, max_tokens=100))
+    assert step(scheduler)[1:] == [("b", 0, 60), ("c", 0, 50)]
+    add(scheduler, request("long", 500, max_tokens=100))
+    assert begun(scheduler) == 0
+
+
+def test_short_prompts_join_one_that_is_on_its_way() -> None:
+    scheduler = make(num_slots=4, num_snapshots=0, max_tokens_per_step=100, min_prompt_tokens=90)
+    add(scheduler, request("a", 10, max_tokens=100))
+    step(scheduler)
+    add(scheduler, request("long", 120, max_tokens=100))
+    step(scheduler)
+    add(scheduler, request("b", 8, max_tokens=100))
+    assert step(scheduler)[1:] == [("long", 99, 120), ("b", 0, 8)]
 
 
 @pytest.mark.parametrize(("budget", "steps", "share"), [(4, 8, 8), (8, 4, 8), (2, 8, 4), (1, 16, 4), (6, 8, 12)])

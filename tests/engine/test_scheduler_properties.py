@@ -52,6 +52,7 @@ class Run:
             max_model_len=rng.choice((8 * page_size, 40 * page_size, 40 * page_size)),
             window=8 if sliding else 0,
             max_waiting=rng.choice((2, 100, 100, 100)),
+            min_prompt_tokens=rng.choice((1, 1, 1, 2 * page_size, 1 << 20)),
             snapshot_every=rng.choice((1, 2, 4)),
             max_cached_pages=rng.choice((None, None, None, 0, 2, 5)),
             eos_token_ids=(0,) if rng.random() < 0.4 else (),

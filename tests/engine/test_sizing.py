@@ -10,7 +10,7 @@ import pytest
 import clsa
 from clsa.config import PAGE_SIZE, EngineConfig, ModelConfig
 from clsa.errors import ConfigError, RequestError
-from clsa.ops import Ops
+from clsa.ops import Ops, StepSize
 from clsa.params import num_parameters
 from clsa.plan import make_plan
 from clsa.sizing import MAX_ROWS, Sizes, plan_sizes, step_bytes
@@ -25,7 +25,7 @@ WEIGHTS = num_parameters(CONFIG)
 class Budget:
     """Ops that have so many bytes free and refuse to allocate any."""
 
-    device, temporary_bytes = "a device of the tests", 1 << 20
+    device, step_size, temporary_bytes = "a device of the tests", StepSize(32, 2048, 3), 1 << 20
 
     def __init__(self, free: int, itemsize: int = 4) -> None:
         self.free, self._itemsize = free, itemsize
@@ -58,6 +58,7 @@ def test_the_state_stays_within_its_share(itemsize: int, max_num_seqs: int, spar
     least = itemsize * (max_num_seqs * RING + PAGE_SIZE * TOKEN)  # a window each and one page
     others = itemsize * WEIGHTS + step(max_num_seqs)
     engine: dict[str, Any] = {"itemsize": itemsize, "max_num_seqs": max_num_seqs, "memory_fraction": 0.5}
+    engine["max_tokens_per_step"] = 2048
     got = sizes(others + 2 * (least + spare), **engine)
     assert got.num_pages >= 1 and got.num_bytes <= least + spare
     state = (max_num_seqs + got.num_snapshots) * RING + got.num_pages * PAGE_SIZE * TOKEN
@@ -69,9 +70,9 @@ def test_the_state_stays_within_its_share(itemsize: int, max_num_seqs: int, spar
         sizes(others + 2 * least - 2, **engine)
 
 
-def step(max_num_seqs: int = 32, **engine: Any) -> int:
-    ops = cast(Ops, Budget(0))
-    return step_bytes(ops, make_plan(CONFIG), EngineConfig(max_num_seqs=max_num_seqs, **engine), 1024)
+def step(max_num_seqs: int = 32, max_tokens_per_step: int = 2048) -> int:
+    ops, size = cast(Ops, Budget(0)), StepSize(max_num_seqs, max_tokens_per_step)
+    return step_bytes(ops, make_plan(CONFIG), EngineConfig(), size, 1024)
 
 
 def test_what_a_step_takes_grows_with_what_it_holds() -> None:
@@ -79,6 +80,20 @@ def test_what_a_step_takes_grows_with_what_it_holds() -> None:
     few = step(4, max_tokens_per_step=8)
     assert few < 1 << 20, "an op has no temporaries larger than its work"
     assert step(64, max_tokens_per_step=1) == step(1, max_tokens_per_step=1), "no more rows than tokens"
+
+
+def test_a_step_that_nobody_sized_leaves_room_for_memories() -> None:
+    seen = set()
+    for spare in range(3_000_000, 90_000_000, 1_000_000):
+        got = sizes(4 * WEIGHTS + spare)
+        assert 4 * RING * got.num_slots + got.step_bytes <= spare // 4 or got.num_slots == 1
+        assert got.step_size == StepSize(got.num_slots, max(256, 64 * got.num_slots), 3)
+        seen.add(got.num_slots)
+    assert {1, 4, 8, 16, 32} <= seen
+    got = sizes(4 * WEIGHTS + 20_000_000, max_num_seqs=20)
+    assert got.num_slots == 20 and got.step_size.max_tokens_per_step < 2048, "what was asked for stays"
+    got = sizes(4 * WEIGHTS + 15_500_000, max_tokens_per_step=600)
+    assert got.step_size.max_tokens_per_step == 600 and 1 < got.num_slots < 32
 
 
 @pytest.mark.parametrize("cache", [0, 1, 4 * RING, 200_000, 1 << 30])
@@ -98,11 +113,12 @@ def refused(match: str, *args: Any, **engine: Any) -> None:
 
 def test_what_cannot_fit_is_refused() -> None:
     refused(r"the weights need [\d,]+ bytes in float32 and 1,000 are free on a device of the tests", 1000)
-    others = 4 * WEIGHTS + step()
-    refused(r"the buffers of a step need [\d,]+ bytes and the weights leave [\d,]+ free on", others - 1)
-    refused(r"the state needs [\d,]+ bytes and 30,000 may be used .* lower max_num_seqs", others + 50_000)
+    others, size = 4 * WEIGHTS + step(), {"max_num_seqs": 32, "max_tokens_per_step": 2048}
+    refused(r"the buffers of a step need [\d,]+ bytes and the weights leave [\d,]+ free on", others - 1, **size)
+    refused(r"the buffers of a step need", 4 * WEIGHTS + step(1, 256) - 1)
+    refused(r"the state needs [\d,]+ bytes and 30,000 may be used .* lower max_num_seqs", others + 50_000, **size)
     refused("the state needs", others + 10_000_000, max_tokens_in_memory=1 << 32)
-    refused("the state needs", 4 * WEIGHTS + step(4096) + 10_000_000, max_num_seqs=4096)
+    refused("the state needs", 4 * WEIGHTS + step(4096) + 10_000_000, max_num_seqs=4096, max_tokens_per_step=2048)
     refused("max_model_len must be at most the model's 1024 positions, got 1025", max_model_len=1025)
     refused("rows; lower max_num_seqs", 1 << 60, replace(CONFIG, sliding_window=1 << 20), max_num_seqs=4096)
 
@@ -123,7 +139,13 @@ def test_models_without_windows_or_without_a_memory() -> None:
     sliding = replace(CONFIG, layer_types=(SLIDING,) * 4, index_topk_pattern="", max_position_embeddings=1 << 24)
     got = sizes(config=sliding, max_num_seqs=4096)
     assert (1 << 24) // PAGE_SIZE <= got.num_pages <= 1 << 20
-    refused("the state needs", 4 * num_parameters(sliding) + step() + 1000, sliding)
+    refused(
+        "the state needs",
+        4 * num_parameters(sliding) + step() + 1000,
+        sliding,
+        max_tokens_per_step=2048,
+        max_num_seqs=32,
+    )
     assert sizes(config=replace(CONFIG, layer_types=(CROSS,) * 4, index_topk_pattern="FSSS")).num_snapshots == 0
 
 

@@ -101,9 +101,9 @@ def test_long_products_run_in_pieces(ops: Ops, bits: int | None, monkeypatch: py
 
 
 def test_the_default_chunk_of_the_4b_model_is_one_piece() -> None:
-    from clsa import EngineConfig
     from clsa.bench.sizes import plan_config
     from clsa_mlx.linears import PIECE_FLOPS
+    from clsa_mlx.ops import step_size
 
     c = plan_config("4b", "clsa", 1024)
-    assert 2 * EngineConfig().max_tokens_per_step * 2 * c.intermediate_size * c.hidden_size <= PIECE_FLOPS
+    assert 2 * step_size.max_tokens_per_step * 2 * c.intermediate_size * c.hidden_size <= PIECE_FLOPS

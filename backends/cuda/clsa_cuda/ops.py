@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clsa.config import FP8, MODEL_DTYPE, MemoryDtypes
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, Memory, QuantizedWeight, Window
+from clsa.ops import Compute, Memory, QuantizedWeight, StepSize, Window
 from clsa_cuda import plain, state
 from clsa_cuda.attention import MAX_TEMPORARY_BYTES
 from clsa_cuda.blocks import Blocks
@@ -51,8 +51,10 @@ class TorchOps(Blocks):
         self._device = torch.device(device)
         self.no_fp8: Mapping[str, str] = _no_fp8(self._device)
         if self._device.type == "cuda":
+            self.step_size = StepSize(256, 8192, min_prompt_tokens=2048)
             self.device = f"{torch.cuda.get_device_name(self._device)} ({device})"
         else:
+            self.step_size = StepSize(32, 2048)
             self.device = f"cpu (torch {torch.__version__}, {torch.get_num_threads()} threads)"
 
     def _enter(self) -> None:

@@ -25,6 +25,7 @@ from clsa.ops import (
     Sampled,
     SamplingBatch,
     Selection,
+    StepSize,
     Window,
 )
 from clsa_cuda import plain
@@ -111,7 +112,8 @@ class TrainOps(Blocks):
     """
 
     name = "cuda"
-    temporary_bytes = 0  # the engine alone asks
+    step_size = StepSize(1, 1)  # the engine alone asks
+    temporary_bytes = 0  # the same
     keeps_quantized = False
     no_fp8: Mapping[str, str] = {}  # nobody asks
 

@@ -12,7 +12,7 @@ import numpy as np
 from clsa.config import FP8
 from clsa.errors import BackendError
 from clsa.hostmemory import host_memory_stats
-from clsa.ops import Compute, Float8Weight, QuantizedWeight, Weight
+from clsa.ops import Compute, Float8Weight, QuantizedWeight, StepSize, Weight
 from clsa_mlx.attention import dense_attention, gather_attention, sliding_attention
 from clsa_mlx.fused import on_gpu
 from clsa_mlx.linears import add_linear, close_layer, linear, linears, norm_linears, norm_swiglu, rms_norm, swiglu
@@ -26,6 +26,7 @@ from clsa_mlx.window import attend_window, norm_rope
 
 name = "mlx"
 device = "cpu (MLX)"
+step_size = StepSize(32, 2048)
 temporary_bytes = 256 << 20  # see clsa_mlx.blocks
 keeps_quantized = True
 no_fp8: Mapping[str, str] = {
@@ -146,6 +147,7 @@ __all__ = [
     "sample",
     "select",
     "sliding_attention",
+    "step_size",
     "swiglu",
     "take",
     "take_selection",
