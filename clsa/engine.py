@@ -22,7 +22,7 @@ from clsa.residency import num_pages
 from clsa.runner import Launched, Runner, StepFailed
 from clsa.scheduler import Scheduler, StepPlan
 from clsa.sizing import Sizes
-from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer, WholeDecoder
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class _Answer:
     """A request and its text while it grows."""
 
     request: Request
-    decoder: IncrementalDecoder
+    decoder: IncrementalDecoder | WholeDecoder
     matcher: StopMatcher
 
 
@@ -100,9 +100,14 @@ class Engine:
         self.scheduler.check(request)
         return request
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if the queue is full."""
-        answer = _Answer(request, IncrementalDecoder(self._tokenizer), StopMatcher(request.params.stop))
+    def add(self, request: Request, *, in_pieces: bool = True) -> None:
+        """Queue a request. Raises RequestError if the queue is full.
+
+        Without `in_pieces` its text comes with its last delta, unless stop strings are looked for in it.
+        """
+        stop = request.params.stop
+        decoder = IncrementalDecoder(self._tokenizer) if in_pieces or stop else WholeDecoder(self._tokenizer)
+        answer = _Answer(request, decoder, StopMatcher(stop))
         with self._all_or_restart():
             self.scheduler.add(request)
             self._answers[request.id] = answer

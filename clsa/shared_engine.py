@@ -120,7 +120,7 @@ class SharedEngine:
                 is_added = engine.has_room
                 if is_added:
                     self._mail[request.id] = deque()
-                    engine.add(request)
+                    engine.add(request, in_pieces=False)
                 else:
                     self._step()
 

@@ -140,6 +140,24 @@ class IncrementalDecoder:
         return max(0, len(text) - len(tails[cut]))
 
 
+class WholeDecoder:
+    """An `IncrementalDecoder` for an answer that nobody reads while it grows: all text comes at the end."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Take one more token."""
+        self._ids.append(token_id)
+        return ""
+
+    def flush(self) -> str:
+        """The text of all tokens."""
+        ids, self._ids = self._ids, []
+        return self._tokenizer.decode(ids)
+
+
 class StopMatcher:
     """Finds the first of several stop strings in a text that comes in pieces, however it is cut into pieces.
 
@@ -156,6 +174,8 @@ class StopMatcher:
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take a piece; return (text that belongs to no stop string, whether one was found)."""
+        if not self._stops:
+            return text, False
         for i, char in enumerate(text):
             found = max((self._advance(which, char) for which in range(len(self._stops))), default=0)
             if found:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Impl
 
 from clsa.errors import CheckpointError, RequestError
-from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer, load_tokenizer
+from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer, WholeDecoder, load_tokenizer
 from tests.core.checkpoints import CONFIG as SMALL
 
 SAMPLE = [
@@ -158,6 +158,14 @@ def test_code_hooks_of_tokenizers(tmp_path: Path) -> None:
 def test_pieces_of_any_tokens_make_the_whole(ids: list[int]) -> None:
     """Also of tokens that are no text: stray bytes, unknown ids, special tokens."""
     assert "".join(in_pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids)
+
+
+@given(IDS, IDS)
+def test_what_nobody_reads_in_pieces_comes_at_the_end(ids: list[int], more: list[int]) -> None:
+    decoder = WholeDecoder(TOKENIZER)
+    for some in (ids, more):  # nothing of the first is left behind
+        assert "".join(map(decoder.push, some)) == ""
+        assert decoder.flush() == TOKENIZER.decode(some)
 
 
 @settings(max_examples=300, deadline=None)
