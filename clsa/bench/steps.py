@@ -212,8 +212,8 @@ def _time_prompts(bench: Bench, config: ModelConfig, params: Params, count: int,
             checked_step(engine)
         return time.perf_counter() - start
 
-    warm = min(length, 2 * step)
-    run(random_prompts(min(count, -(-step // warm)), warm, next(seeds)))
+    # Once before, as long as those that count: kernels are compiled for lengths of contexts too.
+    run(random_prompts(min(count, -(-step // length)), length, next(seeds)))
     samples = [run(random_prompts(count, length, next(seeds)))]
     while sum(samples) < bench.settings.seconds and len(samples) < 20:
         samples.append(run(random_prompts(count, length, next(seeds))))

@@ -274,7 +274,7 @@ def test_what_the_kernels_cannot_take(ops: Ops) -> None:
 @pytest.mark.parametrize("head_dim, itemsize", [(64, 2), (80, 2), (128, 2), (256, 2), (128, 4), (256, 4)])
 def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
     padded_dim = 1 << (head_dim - 1).bit_length()
-    for num_queries, max_keys in itertools.product([1, 8, 32, 512, 1 << 20], [1, 64, 512, 2048, 1 << 20]):
+    for num_queries, max_keys in itertools.product([1, 8, 32, 64, 512, 1 << 20], [1, 64, 512, 2048, 1 << 20]):
         chosen = attention_tiles(num_queries, 4, max_keys, head_dim, itemsize, Limits(132, shared_memory))
         # The first block, and those on their way: row numbers that come first take every second stage.
         blocks = chosen.num_stages if max_keys <= 1024 else (chosen.num_stages + 1) // 2

@@ -163,7 +163,7 @@ def _attend_kernel(
     frequencies,  # [D / 2] float32, WINDOW only
     mapping,  # [T] row of the ring that the token is written to or -1, WINDOW only
     rows,  # "list": [T, K] rows; "pages": [B, M] page table; "ring": [T] slots; "block": not read
-    lengths,  # "block": [T] keys; "pages", "ring": [T] positions; "list": not read, -1 ends the rows
+    lengths,  # "block", "list": [T] keys; "pages", "ring": [T] positions. Rows of a "list" may end earlier, at -1
     sequence,  # [T], "pages" only
     out,  # [T, H, D]
     partial,  # [T, H, splits, D] float32 scratch
@@ -232,6 +232,8 @@ def _attend_kernel(
     seen_first = seen & (first < stop)
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    if SOURCE == "list":  # not before: the first keys need not wait for it
+        stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     q_weights, q_partners, k_weights, k_partners, sine, cosine = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if WINDOW:
         q_weights, q_partners = _norm_weights(q_norm, D, BLOCK_D)

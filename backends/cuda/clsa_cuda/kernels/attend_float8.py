@@ -137,6 +137,8 @@ def _attend_float8_kernel(
     seen &= first < stop
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
+    if SOURCE == "list":  # not before: the first keys need not wait for it
+        stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     if not FRESH:
         wait(OVERLAP)
 

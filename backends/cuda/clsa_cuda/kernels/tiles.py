@@ -146,10 +146,14 @@ def attention_tiles(
     pairs = max(1, num_queries * kv_heads)
     ring = max_keys <= 1024
     room = device.shared_memory * 3 // 5
-    block_n, buffers, last, few_warps = 128, 0, True, False
+    block_n, buffers, last, warps = 128, 0, True, 0  # no warps: as many as are usual for the block
     alone = device.sm_count // pairs  # splits if a multiprocessor takes one program
     alone_is_best = 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * device.sm_count and 256 * row_bytes <= room
-    if ring:
+    if ring and pairs > 3 * device.sm_count:  # many small programs hide what each of them waits for
+        block_n, wanted, buffers, last = 32, 1, 3, False
+    elif ring and 2 * pairs > 3 * device.sm_count:
+        block_n, wanted, buffers, last, warps = 64, 1, 2, False, 8
+    elif ring:
         wanted, buffers = device.sm_count // (2 * pairs), 1
         if wanted == 1 and 4 * pairs <= 2 * device.sm_count:  # two programs each, one for the own token among them
             block_n, wanted = 64, 3
@@ -166,9 +170,9 @@ def attention_tiles(
         wanted, last = 2 * device.sm_count // pairs, False
         # Fewer warps do more each, which pays where there are several blocks. But the first keys, before a wait, are
         # registers of theirs: 64 KB of them are as many as four warps have.
-        few_warps = 4 * 128 * wanted <= max_keys and row_bytes <= 512
+        warps = 4 if 4 * 128 * wanted <= max_keys and row_bytes <= 512 else 0
     else:
-        block_n, wanted, buffers, last = 64, 1, 1, False
+        block_n, wanted, last = 64, 1, False
     first = buffers == 0 or last  # the block that is read first counts as a buffer
     while block_n > 16 and (buffers + first) * block_n * row_bytes > room:
         block_n //= 2
@@ -178,7 +182,7 @@ def attention_tiles(
     return AttentionTiles(
         block_n=block_n,
         splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
-        num_warps=8 if block_n == 128 and not few_warps else 4,
+        num_warps=warps or (8 if block_n == 128 else 4),
         # Of rows that are found by a number, the numbers take as many stages as the rows.
         num_stages=buffers + 1 if ring else max(2, 2 * buffers + 1),
         last=last,
