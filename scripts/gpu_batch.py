@@ -23,7 +23,6 @@ from gpu_long import PLAN, Row, Run  # type: ignore[import-not-found]
 
 from clsa.bench.engine import checked_step, random_prompts
 from clsa.bench.report import commit, machine, versions
-from clsa.bench.steps import prefill_row
 from clsa.config import SamplingParams
 from clsa.engine import Engine
 
@@ -54,7 +53,7 @@ def answered(engine: Engine, together: int) -> tuple[int, float, list[float]]:
     return tokens, last - start, full
 
 
-def case(run: Run, together: int, tokens_per_step: int, rate: float | None) -> Row:
+def case(run: Run, together: int, tokens_per_step: int) -> Row:
     args = run.args
     args.tokens_per_step = tokens_per_step
     engine = run.engine(run.bench.config(PLAN, args.prompt + args.answer + 1), together)
@@ -65,11 +64,7 @@ def case(run: Run, together: int, tokens_per_step: int, rate: float | None) -> R
     assert tokens == wanted, (tokens, wanted)
     row: Row = {"together": together, "tokens_per_step": tokens_per_step, "tokens": tokens, "seconds": seconds}
     row |= {"tokens_per_second": tokens / seconds, "prompt_tokens": args.requests * args.prompt}
-    if full and rate:
-        step = statistics.median(full)
-        apart = args.requests * args.prompt / rate + tokens / together * step
-        row |= {"full_step_ms": 1e3 * step, "tokens_per_second_apart": tokens / apart}
-    return row
+    return row | ({"full_step_ms": 1e3 * statistics.median(full)} if full else {})
 
 
 def main() -> None:
@@ -86,15 +81,12 @@ def main() -> None:
     run = Run(args)
     usual = run.ops.step_size
     cases = args.cases or f"{usual.max_num_seqs}x{usual.max_tokens_per_step}"
-    alone = prefill_row(run.bench, PLAN, run.bench.config(PLAN, args.prompt + 1), run.params, 16384, args.prompt)
-    rate = alone.get("tokens_per_second")
     result: dict[str, Any] = {"command": " ".join(sys.argv), "commit": commit(), "machine": machine(run.ops)}
     result |= {"sizes": args.sizes, "versions": versions(), "requests": args.requests, "prompt": args.prompt}
-    result |= {"answer": args.answer, "prefill_tokens_per_second_alone": rate, "rows": []}
-    result["apart"] = "all prompts at the rate of prompts alone, then all answers at the rate of a full step without"
+    result |= {"answer": args.answer, "rows": []}
     for sizes in cases.split(","):
         together, tokens_per_step = map(int, sizes.split("x"))
-        result["rows"].append(row := case(run, together, tokens_per_step, rate))
+        result["rows"].append(row := case(run, together, tokens_per_step))
         print(json.dumps(row), flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -155,7 +155,7 @@ class Bench:
         per_token = state_bytes_per_token(c, "bfloat16", self.stored)
         if "F" in c.index_topk_pattern:
             row = 2 * c.num_key_value_heads * c.head_dim * (1 if "kv" in self.fp8 else 2)
-            rows = c.index_topk * row * len(c.index_topk_pattern)
+            rows = min(c.index_topk, self.context) * row * len(c.index_topk_pattern)
             read = self.context * c.index_head_dim * (1 if "index" in self.fp8 else 2) + rows
         elif self.plan.num_memories == 1:
             read = self.context * per_token * len(c.index_topk_pattern)

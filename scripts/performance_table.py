@@ -34,8 +34,8 @@ Triton 3.6 does not offer), and an attention over windows that fills its memory 
 what a multiprocessor has on its way: {dense:.0%} of the floor.
 
 One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
-From earlier kernels (docs/log.md, 2026-11-28): the steps of YOCO and the Transformer, the tables of `clsa bench paper` and `capacity`, dense attention.
-Steps at batch 8 read their selection by four warps, which was taken back because it is slower.
+Not run again since the last changes, which are to steps of 64 sequences and more, to selections that are not full, and to launches that are not recorded (docs/log.md):
+routing alone, prefill of 64 prompts, the long runs and the served one, warm start, KD loss, compute-sanitizer, and of the first two `clsa bench ops`.
 """
 
 
@@ -64,6 +64,7 @@ def main() -> None:
     lines.append(CONCLUSION.format(**figures))
     lines += [
         *profile_lines(load("profile")),
+        *batch_lines(load("batch")),
         *long_lines(load("long") | load("served") | load("million")),
         *sanitizer_lines(load("sanitize")),
     ]
@@ -213,10 +214,8 @@ def kernel_lines(kernels: dict[str, Any]) -> list[str]:
 
 def of_ops(op: str, batch: int) -> dict[str, Any]:
     """Our row of `clsa bench ops`."""
-    # Selected rows at batch 32 have other tiles since; the rest of that run has some that lost in steps (docs/log.md).
-    file = "ops_gather" if (op, batch) == ("gather_attention", 32) else "ops"
     kind = (op, "clsa", batch)
-    found: dict[str, Any] = next(r for r in load(file)["rows"] if (r["op"], r["by"], r["batch"]) == kind)
+    found: dict[str, Any] = next(r for r in load("ops")["rows"] if (r["op"], r["by"], r["batch"]) == kind)
     return found
 
 
@@ -263,6 +262,27 @@ def profile_lines(result: Any) -> list[str]:
             lines.append(
                 f"| `{name}` | {kernel['what']} | {kernel['launches']:.0f} | {kernel['us']:,.1f} | {kernel['share']:.1%} | {moved} | {floor} |"
             )
+    return [*lines, ""]
+
+
+def batch_lines(result: Any) -> list[str]:
+    """Many short prompts, from `scripts/gpu_batch.py`."""
+    prompts = next(r for r in load("prefill_kernels")["rows"] if r["name"] == "prefill 64 x 2K, 8192 a step")
+    lines = [
+        "## Many short prompts",
+        "",
+        f"`scripts/gpu_batch.py`: {result['requests']:,} prompts of {result['prompt']:,} tokens with answers of {result['answer'] // 2:,} to {result['answer']:,}, through the engine. The bound is all",
+        "prompts at the rate of 64 prompts of 2K alone, and all answers at the rate of a full step without prompts. The first row is the default.",
+        "",
+        "| sequences together | tokens a step | output tokens/s | bound | share | full step ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds = row["prompt_tokens"] / prompts["tokens_per_second"] + row["tokens"] / row["together"] * row["full_step_ms"] / 1e3
+        bound = row["tokens"] / seconds
+        lines.append(
+            f"| {row['together']} | {row['tokens_per_step']:,} | {row['tokens_per_second']:,.0f} | {bound:,.0f} | {row['tokens_per_second'] / bound:.0%} | {row['full_step_ms']:.2f} |"
+        )
     return [*lines, ""]
 
 
