@@ -278,7 +278,10 @@ def batch_lines(result: Any) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        seconds = row["prompt_tokens"] / prompts["tokens_per_second"] + row["tokens"] / row["together"] * row["full_step_ms"] / 1e3
+        seconds = (
+            row["prompt_tokens"] / prompts["tokens_per_second"]
+            + row["tokens"] / row["together"] * row["full_step_ms"] / 1e3
+        )
         bound = row["tokens"] / seconds
         lines.append(
             f"| {row['together']} | {row['tokens_per_step']:,} | {row['tokens_per_second']:,.0f} | {bound:,.0f} | {row['tokens_per_second'] / bound:.0%} | {row['full_step_ms']:.2f} |"
