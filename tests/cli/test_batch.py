@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clsa import SamplingParams
+from clsa import EngineConfig, SamplingParams
 from clsa_cli import batch
 from tests.cli.conftest import Run
 from tests.cli.fake import FakeLLM
@@ -46,6 +46,17 @@ def request(custom_id: object, prompt: object = "x", **body: object) -> dict[str
         "url": "/v1/completions",
         "body": {"model": "any", "prompt": prompt, **body},
     }
+
+
+def test_the_size_of_a_step_is_left_to_the_engine_or_said(files: Files, fake: FakeLLM) -> None:
+    files.write(request("a"))
+    assert files.run().exit_code == 0
+    assert fake.loaded_with[-1]["engine"] == EngineConfig()
+    files.write(request("b"))
+    assert files.run("--max-num-seqs", "7", "--max-tokens-per-step", "99").exit_code == 0
+    assert fake.loaded_with[-1]["engine"] == EngineConfig(max_num_seqs=7, max_tokens_per_step=99)
+    files.write(request("c"))
+    assert files.run("--max-num-seqs", "0").exit_code == 1
 
 
 def test_results_have_the_openai_form(files: Files, fake: FakeLLM) -> None:
