@@ -20,8 +20,9 @@ from clsa.prefix_state import PrefixState, find, make_room, publish
 from clsa.request import Request, State
 from clsa.residency import num_pages
 from clsa.runner import Launched, Runner, StepFailed
-from clsa.scheduler import Scheduler, StepPlan
+from clsa.scheduler import Scheduler
 from clsa.sizing import Sizes
+from clsa.step_plan import StepPlan
 from clsa.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer, WholeDecoder
 
 T = TypeVar("T")

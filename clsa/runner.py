@@ -16,8 +16,8 @@ from clsa.ops import Array, Ops, Sampled, State, StepInputs
 from clsa.plan import Plan
 from clsa.prefix_state import read_rows, write_rows
 from clsa.sampling import resolve
-from clsa.scheduler import StepPlan
 from clsa.step import PageTables, pad_decode, step_inputs
+from clsa.step_plan import StepPlan
 
 _log = logging.getLogger(__name__)
 

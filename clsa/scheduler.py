@@ -14,69 +14,15 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from clsa.config import MAX_TOKENS, PAGE_SIZE, check_int
 from clsa.errors import RequestError
 from clsa.request import FinishReason, Request, RequestQueue, State
-from clsa.residency import Copy, Residency, num_pages
+from clsa.residency import Residency, num_pages
+from clsa.step_plan import Draft, StepPlan
 
 PREFILL_SHARE = 4  # one token in so many is kept for prefill when decodes would fill the step
 PATIENCE = 8  # steps that too few tokens of prompts wait for more to come, while others decode
-
-
-class Chunk(NamedTuple):
-    """Tokens start..stop-1 of one request in one step."""
-
-    request: Request
-    start: int
-    stop: int
-    wants_logits: bool  # it reaches the end of the request's tokens: one sample is wanted
-    pending: int | None  # its only token is this row of the previous plan's samples, not read back yet
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepPlan:
-    """One step. `chunks`: decodes (one token, logits wanted) first, then prefill; no request twice.
-
-    `restores` (snapshot slot, window slot) are copied before the step, `snapshots` (window slot, snapshot slot)
-    after it. Plans run in the order in which they were made.
-    """
-
-    chunks: tuple[Chunk, ...]
-    restores: tuple[Copy, ...]
-    snapshots: tuple[Copy, ...]
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The plan under construction."""
-
-    turn: int  # chunks of all earlier plans
-    budget: int
-    chunks: list[Chunk] = field(default_factory=list)
-    restores: list[Copy] = field(default_factory=list)
-    snapshots: list[Copy] = field(default_factory=list)
-    num_logits: int = 0
-    closed: bool = False  # the head of the queue was not admitted, or shall wait, so nobody is
-
-    def place(self, request: Request, stop: int, snapshot: Copy | None) -> None:
-        start = request.num_computed
-        wants_logits = stop == request.num_total
-        pending = request.last_row if start >= len(request.tokens) else None
-        self.chunks.append(Chunk(request, start, stop, wants_logits, pending))
-        self.budget -= stop - start
-        request.num_computed = stop
-        request.in_flight += 1
-        request.last_turn = self.turn + len(self.chunks)
-        if wants_logits:
-            request.num_total += 1
-            request.last_row = self.num_logits
-            self.num_logits += 1
-        if snapshot is not None:
-            self.snapshots.append(snapshot)
 
 
 class Scheduler:
@@ -108,7 +54,7 @@ class Scheduler:
         self._max_tokens = check_int("max_tokens_per_step", max_tokens_per_step, 1, 1 << 20)
         self._max_model_len = check_int("max_model_len", max_model_len, 1, MAX_TOKENS)
         self._max_waiting = check_int("max_waiting", max_waiting, 1, 1 << 24)
-        self._min_prompt_tokens = check_int("min_prompt_tokens", min_prompt_tokens, 1, 1 << 20)
+        self._min_prompt_tokens = min(check_int("min_prompt_tokens", min_prompt_tokens, 1, 1 << 20), self._max_tokens)
         self._eos = frozenset(eos_token_ids)
         self._state = Residency(
             pages=check_int("num_pages", num_pages, 1, 1 << 32),
@@ -231,7 +177,7 @@ class Scheduler:
             if request.num_total < request.max_total:
                 one = request.num_total - request.num_computed == 1
                 (decodes if one else prefills).append(request)
-        draft = _Draft(self._turns, self._max_tokens)
+        draft = Draft(self._turns, self._max_tokens)
         reserve = self._reserve() if prefills or (self._waiting and self._state.free_slots) else 0
         late = self._decode(draft, decodes, reserve)
         before = draft.budget
@@ -290,7 +236,7 @@ class Scheduler:
         """Prefill's share of this step in whole tokens, right on average for budgets smaller than the share too."""
         return (self._steps + 1) * self._max_tokens // PREFILL_SHARE - self._steps * self._max_tokens // PREFILL_SHARE
 
-    def _decode(self, draft: _Draft, decodes: list[Request], reserve: int) -> list[Request]:
+    def _decode(self, draft: Draft, decodes: list[Request], reserve: int) -> list[Request]:
         """One token each, as far as the budget goes; those who have waited longest first if it does not reach.
 
         Returns those whom it did not reach.
@@ -326,7 +272,7 @@ class Scheduler:
             return False
         return True
 
-    def _prefill(self, draft: _Draft, prefills: list[Request]) -> None:
+    def _prefill(self, draft: Draft, prefills: list[Request]) -> None:
         """Chunks of running prompts and of newly admitted ones, merged in the order of service."""
         rest = iter(prefills)
         running = next(rest, None)
@@ -342,7 +288,7 @@ class Scheduler:
             else:
                 break
 
-    def _chunk(self, draft: _Draft, request: Request) -> None:
+    def _chunk(self, draft: Draft, request: Request) -> None:
         """As much of a prompt as budget and pages allow."""
         stop = min(request.num_total, request.num_computed + draft.budget)
         missing = num_pages(stop) - len(request.pages)
@@ -354,7 +300,7 @@ class Scheduler:
         self._state.grow(request, stop)
         draft.place(request, stop, self._state.snapshot(request, stop, move=False) if due else None)
 
-    def _admit(self, draft: _Draft, request: Request) -> bool:
+    def _admit(self, draft: Draft, request: Request) -> bool:
         """Let the head of the queue run if pages for its next chunk, and one for each running request, are there.
 
         One that was pre-empted must find room for all it has to compute again, lest it be thrown out again.

@@ -12,7 +12,7 @@ from clsa.config import PAGE_SIZE
 from clsa.ops import SamplingBatch, StepBatch, StepInputs
 from clsa.request import Request
 from clsa.sampling import SamplingRow, pack_sampling
-from clsa.scheduler import Chunk, StepPlan
+from clsa.step_plan import Chunk, StepPlan
 
 
 class PageTables:

@@ -119,6 +119,8 @@ def generate(
     )
     if logprobs is not None and (not json or input is not None):
         raise RequestError("--logprobs needs --json and --prompt")
+    if max_num_seqs is not None and input is None:
+        raise RequestError("--max-num-seqs needs --input; a prompt is answered alone")
     engine = EngineConfig(
         max_num_seqs=max_num_seqs if prompt is None else 1,
         max_tokens_per_step=max_tokens_per_step,

@@ -20,8 +20,9 @@ from clsa.outputs import Delta
 from clsa.plan import make_plan
 from clsa.request import Request
 from clsa.residency import num_pages
-from clsa.scheduler import Scheduler, StepPlan
+from clsa.scheduler import Scheduler
 from clsa.sizing import Sizes, state_bytes
+from clsa.step_plan import StepPlan
 from clsa.tokenizer import Tokenizer
 
 MEMORY_SHARE = 0.8  # of what is free beside the weights that state may take; the rest is for a step's temporaries

@@ -14,7 +14,8 @@ import clsa.residency
 import clsa.scheduler
 from clsa.config import PAGE_SIZE
 from clsa.request import Request, State
-from clsa.scheduler import Scheduler, StepPlan
+from clsa.scheduler import Scheduler
+from clsa.step_plan import StepPlan
 
 PAGED_MODULES = (clsa.prefix, clsa.residency, clsa.scheduler)
 VOCABULARY = 5  # few tokens, so that prefixes meet

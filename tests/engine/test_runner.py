@@ -15,7 +15,7 @@ from clsa.params import nest
 from clsa.plan import make_plan
 from clsa.request import Request
 from clsa.runner import Launched, Runner, StepFailed
-from clsa.scheduler import Chunk, StepPlan
+from clsa.step_plan import Chunk, StepPlan
 from tests.engine import models
 from tests.engine.models import CONFIG, Failing, on_backends, open_ops
 

@@ -13,7 +13,8 @@ from clsa.config import PAGE_SIZE as P
 from clsa.config import SamplingParams
 from clsa.errors import RequestError
 from clsa.request import Request, RequestQueue, State
-from clsa.scheduler import PATIENCE, Scheduler, StepPlan
+from clsa.scheduler import PATIENCE, Scheduler
+from clsa.step_plan import StepPlan
 from tests.engine.fake_device import check_ownership
 
 TOKEN = 7
@@ -196,6 +197,11 @@ def test_enough_tokens_of_prompts_do_not_wait() -> None:
     assert step(scheduler)[1:] == [("b", 0, 60), ("c", 0, 50)]
     add(scheduler, request("long", 500, max_tokens=100))
     assert begun(scheduler) == 0
+    scheduler = make(num_snapshots=0, max_tokens_per_step=70, min_prompt_tokens=100)
+    add(scheduler, request("a", 10, max_tokens=100))
+    step(scheduler)
+    add(scheduler, request("b", 70, max_tokens=100))
+    assert begun(scheduler) == 0, "a step takes no more"
 
 
 def test_short_prompts_join_one_that_is_on_its_way() -> None:

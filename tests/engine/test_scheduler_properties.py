@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from clsa.config import SamplingParams
 from clsa.errors import RequestError
 from clsa.request import Request, State
-from clsa.scheduler import Scheduler, StepPlan
+from clsa.scheduler import Scheduler
+from clsa.step_plan import StepPlan
 from tests.engine.fake_device import PAGED_MODULES, VOCABULARY, FakeDevice, alone, check_ownership
 
 SCHEDULES = int(os.environ.get("CLSA_SCHEDULES", "2000"))
