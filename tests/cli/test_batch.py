@@ -56,9 +56,9 @@ def test_the_size_of_a_step_is_left_to_the_engine_or_said(files: Files, fake: Fa
     assert files.run("--max-num-seqs", "7", "--max-tokens-per-step", "99").exit_code == 0
     assert fake.loaded_with[-1]["engine"] == EngineConfig(max_num_seqs=7, max_tokens_per_step=99)
     files.write(request("c"))
-    assert files.run("--max-num-seqs", "0").exit_code == 1
+    assert files.run("--max-num-seqs", "0").exit_code == 1, "out of bounds"
     refused = files.start("generate", "--prompt", "x", "--max-num-seqs", "2")
-    assert refused.exit_code == 1 and "--max-num-seqs needs --input" in refused.stderr
+    assert refused.exit_code == 2 and "--max-num-seqs needs --input" in refused.stderr
 
 
 def test_results_have_the_openai_form(files: Files, fake: FakeLLM) -> None:

@@ -54,7 +54,7 @@ class Terminal:
         above = ["".join(line[x].data for x in range(COLUMNS)) for line in self.screen.history.top]
         return "\n".join(line.rstrip() for line in [*above, *self.screen.display]).rstrip()
 
-    def wait(self, until: Callable[[], bool], seconds: float = 20) -> None:
+    def wait(self, until: Callable[[], bool], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             ready, _, _ = select.select([self.side], [], [], max(0.0, deadline - time.monotonic()))

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -64,20 +63,14 @@ def test_version(run: Run) -> None:
     assert (result.exit_code, result.stdout) == (0, f"clsa {clsa.__version__}\n")
 
 
-def test_help_imports_nothing_heavy_and_is_quick() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import json, sys\nfrom clsa_cli.main import app\n"
         "try:\n    app()\nfinally:\n    print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        clsa_process("--help")
-        seconds.append(time.perf_counter() - start)
     loaded = {name.partition(".")[0] for name in json.loads(clsa_process("--help", code=code).stderr)}
     heavy = {"numpy", "torch", "mlx", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "triton"}
     assert loaded & heavy == set()
-    assert min(seconds) < 0.5, f"clsa --help took {min(seconds):.2f} s at best"
 
 
 @pytest.mark.parametrize(
