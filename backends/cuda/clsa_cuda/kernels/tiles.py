@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.runtime import driver
@@ -132,6 +132,21 @@ class AttentionTiles:
     last: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Tiles as they would be with any amount of shared memory. `buffers`: blocks on their way besides the first."""
+
+    block_n: int
+    splits: int
+    buffers: int
+    last: bool
+    warps: int = 0  # 0: as many as are usual for the block
+
+    @property
+    def num_warps(self) -> int:
+        return self.warps or (8 if self.block_n == 128 else 4)
+
+
 @remembered
 def attention_tiles(
     num_queries: int, kv_heads: int, max_keys: int, head_dim: int, itemsize: int, device: Limits
@@ -144,46 +159,60 @@ def attention_tiles(
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
-    ring = max_keys <= 1024
+    window = max_keys <= 1024
     room = device.shared_memory * 3 // 5
-    block_n, buffers, last, warps = 128, 0, True, 0  # no warps: as many as are usual for the block
-    alone = device.sm_count // pairs  # splits if a multiprocessor takes one program
-    alone_is_best = 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * device.sm_count and 256 * row_bytes <= room
-    if ring and pairs > 3 * device.sm_count:  # many small programs hide what each of them waits for
-        block_n, wanted, buffers, last = 32, 1, 3, False
-    elif ring and 2 * pairs > 3 * device.sm_count:
-        block_n, wanted, buffers, last, warps = 64, 1, 2, False, 8
-    elif ring:
-        wanted, buffers = device.sm_count // (2 * pairs), 1
-        if wanted == 1 and 4 * pairs <= 2 * device.sm_count:  # two programs each, one for the own token among them
-            block_n, wanted = 64, 3
+    if window:
+        shape = _of_window(pairs, device.sm_count)
     elif pairs * (max_keys // 128) <= device.sm_count:
-        wanted = max_keys // 128  # a block each
-    elif max_keys > 2 * MAX_SELECTED and alone_is_best:
-        wanted, buffers, last = alone, 2, False  # so much shared memory that no two of them share a multiprocessor
+        shape = _Shape(128, max_keys // 128, 0, True)  # a block each
     elif max_keys > 2 * MAX_SELECTED:
-        wanted, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (2, 3))
-        block_n, buffers = 64, 2
-        if 2 * three >= 3 * wanted:  # fills its places as well
-            block_n, wanted = 32, three
-    elif pairs <= 2 * device.sm_count:  # with another program beside it to hide what one waits for
-        wanted, last = 2 * device.sm_count // pairs, False
-        # Fewer warps do more each, which pays where there are several blocks. But the first keys, before a wait, are
-        # registers of theirs: 64 KB of them are as many as four warps have.
-        warps = 4 if 4 * 128 * wanted <= max_keys and row_bytes <= 512 else 0
+        shape = _of_context(pairs, row_bytes, device.sm_count, room)
     else:
-        block_n, wanted, last = 64, 1, False
-    first = buffers == 0 or last  # the block that is read first counts as a buffer
-    while block_n > 16 and (buffers + first) * block_n * row_bytes > room:
+        shape = _of_selection(pairs, max_keys, row_bytes, device.sm_count)
+    first = shape.buffers == 0 or shape.last  # the block that is read first counts as a buffer
+    block_n = shape.block_n
+    while block_n > 16 and (shape.buffers + first) * block_n * row_bytes > room:
         block_n //= 2
     if itemsize == 4:
         block_n = 16  # float32 products are made in registers, not by tensor cores
-    buffers = min(buffers, max(1, room // (block_n * row_bytes) - first))
+    shape = replace(shape, block_n=block_n)
+    buffers = min(shape.buffers, max(1, room // (block_n * row_bytes) - first))
     return AttentionTiles(
         block_n=block_n,
-        splits=max(1, min(wanted, MAX_SPLITS, max_keys // block_n)),
-        num_warps=warps or (8 if block_n == 128 else 4),
+        splits=max(1, min(shape.splits, MAX_SPLITS, max_keys // block_n)),
+        num_warps=shape.num_warps,
         # Of rows that are found by a number, the numbers take as many stages as the rows.
-        num_stages=buffers + 1 if ring else max(2, 2 * buffers + 1),
-        last=last,
+        num_stages=buffers + 1 if window else max(2, 2 * buffers + 1),
+        last=shape.last,
     )
+
+
+def _of_window(pairs: int, sm_count: int) -> _Shape:
+    if pairs > 3 * sm_count:  # many small programs hide what each of them waits for
+        return _Shape(32, 1, 3, last=False)
+    if 2 * pairs > 3 * sm_count:
+        return _Shape(64, 1, 2, last=False, warps=8)
+    splits = sm_count // (2 * pairs)
+    if splits == 1 and 2 * pairs <= sm_count:  # two programs each, one for the own token among them
+        return _Shape(64, 3, 1, last=True)
+    return _Shape(128, splits, 1, last=True)
+
+
+def _of_context(pairs: int, row_bytes: int, sm_count: int, room: int) -> _Shape:
+    alone = sm_count // pairs  # splits if a multiprocessor takes one program
+    if 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * sm_count and 256 * row_bytes <= room:
+        return _Shape(128, alone, 2, last=False)  # so much shared memory that no two of them share a multiprocessor
+    two, three = (min(MAX_SPLITS, n * sm_count // pairs) for n in (2, 3))
+    if 2 * three >= 3 * two:  # fills its places as well
+        return _Shape(32, three, 2, last=True)
+    return _Shape(64, two, 2, last=True)
+
+
+def _of_selection(pairs: int, max_keys: int, row_bytes: int, sm_count: int) -> _Shape:
+    if pairs > 2 * sm_count:
+        return _Shape(64, 1, 0, last=False)
+    splits = 2 * sm_count // pairs  # with another program beside it to hide what one waits for
+    # Fewer warps do more each, which pays where there are several blocks. But the first keys, before a wait, are
+    # registers of theirs: 64 KB of them are as many as four warps have.
+    few_warps = 4 * 128 * splits <= max_keys and row_bytes <= 512
+    return _Shape(128, splits, 0, last=False, warps=4 if few_warps else 0)
