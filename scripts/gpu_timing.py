@@ -347,7 +347,7 @@ def short(tiles: Any) -> str:
     if tiles is None:
         return ""
     if isinstance(tiles, AttentionTiles):
-        return f"p{tiles.pack} n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
+        return f"n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
     return (
         f"g{tiles.group} s{tiles.splits} w{tiles.score_warps} st{tiles.score_stages} p{tiles.score_pages} "
         f"n{tiles.search_tile} l{tiles.list_tile} c{tiles.chosen_tile} s{tiles.pick_splits} w{tiles.pick_warps}"

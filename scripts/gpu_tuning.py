@@ -106,29 +106,21 @@ def score_cases() -> Iterator[Case]:
             )
 
 
-# (KV heads of a program, keys of a block, warps, stages) that fit the shared memory.
-SHAPES = (
-    *((1, 32, 4, 3), (1, 32, 4, 5), (1, 64, 4, 2), (1, 64, 4, 3), (1, 64, 4, 4), (1, 64, 8, 4), (1, 128, 8, 3)),
-    *((2, 16, 4, 5), (2, 32, 4, 2), (2, 32, 4, 3), (2, 32, 4, 4), (2, 64, 8, 3)),
-    *((4, 16, 4, 2), (4, 16, 4, 3), (4, 16, 4, 5), (4, 16, 8, 4), (4, 32, 8, 2), (4, 32, 8, 3)),
-)
+# (keys of a block, warps, stages) that fit the shared memory.
+SHAPES = ((32, 4, 3), (32, 4, 5), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3))
 # Row numbers are loaded a stage before their rows: every second stage more is a buffer more.
-LIST_SHAPES = (
-    *((1, 32, 4, 3), (1, 32, 4, 5), (1, 32, 4, 7), (1, 64, 4, 3), (1, 64, 4, 5), (1, 64, 8, 5), (1, 128, 8, 3)),
-    *((2, 16, 4, 5), (2, 16, 4, 7), (2, 32, 4, 3), (2, 32, 4, 5), (2, 32, 4, 7), (2, 32, 8, 5)),
-    *((4, 16, 4, 3), (4, 16, 4, 5), (4, 16, 4, 7), (4, 16, 8, 5), (4, 32, 8, 3), (4, 32, 8, 5)),
-)
+LIST_SHAPES = ((32, 4, 3), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (64, 8, 5), (128, 8, 3))
 
 
 def attention_cases(
     kernel: str, batch: int, max_keys: int, shapes: tuple[tuple[int, ...], ...], calls: Callable[[int, Any], Build]
 ) -> Iterator[Case]:
     per_sm = (0.25, 0.5, 1, 2, 4) if batch == 1 else (1, 2, 3, 4) if max_keys == CONTEXT else (1, 2, 3, 4, 6, 8)
-    for pack, block_n, warps, stages in shapes:
-        wanted = {int(n * limits(DEVICE).sm_count) * pack // (batch * G) for n in per_sm}
+    for block_n, warps, stages in shapes:
+        wanted = {int(n * limits(DEVICE).sm_count) // (batch * G) for n in per_sm}
         most = min(128, max_keys // block_n)
         for splits in sorted({min(most, max(1, n)) for n in wanted}):
-            tiles = AttentionTiles(block_n, splits, warps, stages, pack)
+            tiles = AttentionTiles(block_n, splits, warps, stages)
             size = batch * min(max_keys, CONTEXT) * ROW
             name = f"tune {kernel} batch {batch}"
             yield Case(name, kernel, size, None, calls(batch, tiles), tiles, True, calls(batch, None))

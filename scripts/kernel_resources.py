@@ -184,15 +184,14 @@ def attention(
         "D": head_dim,
         "BLOCK_D": next_power_of_2(head_dim),
         "REPEAT": repeat,
-        "PACK": tiles.pack,
-        "PARTS": 4 // tiles.pack,
-        "BLOCK_H": max(16, next_power_of_2(tiles.pack * repeat)),
+        "KV_HEADS": 4,
+        "BLOCK_H": max(16, next_power_of_2(repeat)),
         "BLOCK_N": tiles.block_n,
         "SPLIT": tiles.splits > 1,
         "SOURCE": source,
         "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
         "STAGES": tiles.num_stages,
-        "MERGED": attend_rows.merged(tiles.splits, tiles.pack * repeat, head_dim),
+        "MERGED": attend_rows.merged(tiles.splits, repeat, head_dim),
         "OVERLAP": True,
     }
     return jit_function(attend._attend_kernel), types, constants, {"num_warps": tiles.num_warps}

@@ -41,8 +41,8 @@ DECODE_HEADS = pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
 STEP = pytest.mark.parametrize("chunks", DECODE.values(), ids=DECODE.keys())
 
 
-def tiles(splits: int, block_n: int = 16, pack: int = 1) -> AttentionTiles:
-    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=2, pack=pack)
+def tiles(splits: int, block_n: int = 16) -> AttentionTiles:
+    return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=2)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["in place", "compact"])
@@ -82,25 +82,15 @@ def test_gather_attention(
 
 
 @pytest.mark.parametrize(
-    "splits, block_n, heads, kv_heads, pack",
-    [
-        (19, 16, 5, 1, 1),  # more than are merged at once
-        (1, 32, 10, 2, 2),
-        (3, 16, 10, 2, 2),
-        (5, 128, 10, 2, 2),
-        (3, 16, 20, 4, 2),
-        (1, 32, 20, 4, 4),
-        (5, 128, 20, 4, 4),
-    ],
+    "splits, block_n, heads, kv_heads",
+    [(19, 16, 5, 1), (1, 32, 10, 2), (5, 128, 20, 4)],  # 19: more than are merged at once
 )
-def test_several_kv_heads_in_one_program(
-    ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int, pack: int
-) -> None:
-    """Selected rows, pages and rings: the same result as with one KV head a program."""
+def test_any_tiles(ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int) -> None:
+    """Selected rows, pages and rings: the same result as with one program for all keys."""
     rng = np.random.default_rng(5)
     step: Layout = layout(rng, [Chunk(n - 1, 1) for n in (150, 1, 64)] + [Chunk(0, 0, padded=1)])
     num_queries = len(step.positions)
-    chosen = tiles(splits, block_n, pack)
+    chosen = tiles(splits, block_n)
     q = ops.asarray(normal(rng, num_queries, heads, 16, dtype=dtype, scale=2.0), dtype)
     keys, values = (poisoned(normal(rng, step.num_rows, kv_heads, 16, dtype=dtype), step.readable) for _ in range(2))
     memory, queries = filled_memory(ops, keys, values, None, dtype), step.queries(ops)
@@ -117,7 +107,7 @@ def test_several_kv_heads_in_one_program(
         ("sliding_attention", lambda t: sliding_attention(q, k, v, window, queries, t)),
     ):
         want = host(ops, attention(tiles(1)), dtype).astype(np.float64)
-        assert_close(name, dtype, host(ops, attention(chosen), dtype), want, (splits, block_n, heads, kv_heads, pack))
+        assert_close(name, dtype, host(ops, attention(chosen), dtype), want, (splits, block_n, heads, kv_heads))
 
 
 def test_large_scores_do_not_overflow(ops: Ops, dtype: str) -> None:
@@ -224,8 +214,7 @@ def test_sliding_attention(
 def test_attend_window(
     ops: Ops, dtype: str, chunks: list[Chunk], size: int, splits: int, heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    pack = 2 if kv_heads % 2 == 0 else 1
-    attend = functools.partial(attend_window, tiles=tiles(splits, pack=pack))
+    attend = functools.partial(attend_window, tiles=tiles(splits))
     compare(ops, attend, dtype, chunks, size, heads, kv_heads, head_dim)
 
 

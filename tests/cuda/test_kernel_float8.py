@@ -30,15 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # log2 of an e
 CHUNKS = [Chunk(n - 1, 1) for n in (150, 1, 64)] + [Chunk(0, 0, padded=1)]
 
 
-def tiles(splits: int, pack: int = 1) -> AttentionTiles:
-    return AttentionTiles(block_n=16, splits=splits, num_warps=4, num_stages=2, pack=pack)
+def tiles(splits: int) -> AttentionTiles:
+    return AttentionTiles(block_n=16, splits=splits, num_warps=4, num_stages=2)
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, splits, pack",
-    [(4, 4, 2, 1, 1), (10, 2, 64, 3, 2), (10, 2, 64, 3, 1), (3, 1, 80, 4, 1), (1, 1, 3, 2, 1)],
+    "heads, kv_heads, head_dim, splits",
+    [(4, 4, 2, 1), (10, 2, 64, 3), (3, 1, 80, 4), (1, 1, 3, 2)],
 )
-def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: int, splits: int, pack: int) -> None:
+def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: int, splits: int) -> None:
     rng = np.random.default_rng(0)
     step = layout(rng, CHUNKS)
     q = normal(rng, len(step.positions), heads, head_dim, dtype=dtype, scale=2.0)
@@ -48,7 +48,7 @@ def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: in
         rows[t, :length] = step.rows_of(0, rng.permutation(150)[:length])
     lengths = (rows >= 0).sum(1).astype(np.int32)
     memory, exact = (filled(o, kv[0], kv[1], kv[0][:, 0], dtype, KV) for o in (ops, spec))
-    selection, tokens, chosen = Selection(*map(ops.asarray, (rows, rows, lengths))), ops.asarray(q), tiles(splits, pack)
+    selection, tokens, chosen = Selection(*map(ops.asarray, (rows, rows, lengths))), ops.asarray(q), tiles(splits)
     gathered = spec.gather_attention(spec.asarray(q), exact, Selection(rows, rows, lengths))
     for got, want in (
         (gather_attention(tokens, memory, selection, chosen), gathered),
@@ -58,7 +58,7 @@ def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: in
             spec.dense_attention(spec.asarray(q), exact, step.queries(spec)),
         ),
     ):
-        assert_close("gather_attention", dtype, host(ops, got, dtype), want, (heads, kv_heads, head_dim, splits, pack))
+        assert_close("gather_attention", dtype, host(ops, got, dtype), want, (heads, kv_heads, head_dim, splits))
 
 
 @pytest.mark.parametrize("size", [-126, -20, 0, 15, 100])

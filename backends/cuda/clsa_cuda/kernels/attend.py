@@ -1,8 +1,8 @@
 """Decode attention over rows of a memory: one kernel, four ways to say which rows.
 
-Program (query t, PACK of the KV heads, split) attends the query heads of its KV heads to its share of the keys. All of
-them are one tile of at least 16 rows for the tensor cores, and the rows of all its KV heads are the columns; what does
-not belong together is masked. That wastes products, which are free here, and reads PACK times longer pieces of memory.
+Program (query t and KV head, split) attends the query heads of its KV head to its share of the keys. The heads are one
+tile of at least 16 rows for the tensor cores. (Several KV heads a program, whose rows of memory lie side by side, were
+slower: docs/log.md, 2026-11-28.)
 With more than one split each program leaves its result and the base-2 logarithm of its softmax sum, and the last to
 arrive of those of a query and heads merges them: there is no second launch.
 """
@@ -70,18 +70,16 @@ def rows_of_block(
     base,
     rows,
     position,
-    COLUMNS: tl.constexpr,
-    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     SOURCE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Physical rows of the keys of a block from `start`, each PACK times, and which of them are there.
+    """Physical rows of the keys of a block from `start`, and which of them are there.
 
     `rows` and `base` are what SOURCE needs: "list": the query's SIZE row numbers; "block": its first row;
     "pages": its row of the page table, pages of SIZE; "ring": first of the SIZE rows, keys end before `position`.
     """
-    BLOCK_N: tl.constexpr = COLUMNS // PACK
-    i = start + tl.arange(0, COLUMNS) // PACK
+    i = start + tl.arange(0, BLOCK_N)
     seen = i < count
     if SOURCE == "list":
         row = tl.load(rows + i, mask=seen, other=-1).to(tl.int64)
@@ -91,7 +89,7 @@ def rows_of_block(
     elif SOURCE == "pages":
         if BLOCK_N <= SIZE:
             page = tl.load(rows + start // SIZE).to(tl.int64)
-            row = page * SIZE + start % SIZE + tl.arange(0, COLUMNS) // PACK
+            row = page * SIZE + start % SIZE + tl.arange(0, BLOCK_N)
         else:
             page = tl.load(rows + i // SIZE, mask=seen, other=0).to(tl.int64)
             row = page * SIZE + i % SIZE
@@ -138,7 +136,7 @@ def _turn(frequencies, position, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _attend_to(q_tile, k_tile, v_tile, visible, scale, acc, total, highest):
-    """One block of keys [COLUMNS, BLOCK_D] in the running softmax of a tile of heads."""
+    """One block of keys [BLOCK_N, BLOCK_D] in the running softmax of a tile of heads."""
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))
@@ -168,7 +166,7 @@ def _attend_kernel(
     out,  # [T, H, D]
     partial,  # [T, H, splits, D] float32 scratch
     sums,  # [T, H, splits] float32 scratch
-    arrived,  # [T * G / PACK] int32, zeros before and after
+    arrived,  # [T * G] int32, zeros before and after
     H,
     q_stride,
     k_stride,
@@ -182,8 +180,7 @@ def _attend_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REPEAT: tl.constexpr,  # query heads of a KV head
-    PACK: tl.constexpr,  # KV heads of a program
-    PARTS: tl.constexpr,  # G / PACK
+    KV_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there is more than one split
@@ -196,11 +193,11 @@ def _attend_kernel(
     MERGED: tl.constexpr,  # splits whose results are read at once
     OVERLAP: tl.constexpr,
 ):
-    """Program (t * PARTS + part, split): see above."""
+    """Program (t * KV_HEADS + g, split): see above."""
     if FRESH:
         wait(OVERLAP)
-    t = tl.program_id(0).to(tl.int64) // PARTS
-    g = tl.program_id(0) % PARTS * PACK  # the first of the KV heads
+    t = tl.program_id(0).to(tl.int64) // KV_HEADS
+    g = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -222,13 +219,11 @@ def _attend_kernel(
     num_blocks = tl.cdiv(count, BLOCK_N)
     # The query's own token is turned as the query is, which takes as long as some blocks of keys: the last program's.
     first, stop = share(num_blocks, split, splits - 1 if SOURCE == "ring" and SPLIT else splits)
-    COLUMNS: tl.constexpr = BLOCK_N * PACK
-    own = tl.arange(0, COLUMNS) % PACK  # KV head of a column
-    place = (g + own)[:, None] * D + d[None, :]
+    place = g * D + d[None, :]
     d_mask = (d < D)[None, :]
     # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
-    row, seen = rows_of_block(start, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
+    row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
     seen_first = seen & (first < stop)
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
@@ -244,7 +239,7 @@ def _attend_kernel(
 
     first_head = t * H + g * REPEAT
     head = first_head + h
-    q_mask = (h < PACK * REPEAT)[:, None] & d_mask
+    q_mask = (h < REPEAT)[:, None] & d_mask
     heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D
     if WINDOW:
         q_tile = _normed_and_turned(heads, q_mask, q_weights, q_partners, sine, cosine, eps, D, BLOCK_D)
@@ -255,50 +250,45 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     if SOURCE == "ring":  # noqa: SIM102 (this is decided when compiling, the next when running)
         if (split == tl.num_programs(1) - 1) & (position >= 0):
-            own_place = (g + h // REPEAT)[:, None] * D + d[None, :]
+            own_place = place + tl.zeros([BLOCK_H, 1], tl.int32)
             mine_v = tl.load(own_v + t * own_v_stride + own_place, mask=q_mask, other=0.0)
             if WINDOW:
-                heads = own_k + t * own_k_stride + (g + h // REPEAT)[:, None] * D
+                heads = own_k + t * own_k_stride + g * D + tl.zeros([BLOCK_H, 1], tl.int32)
                 mine_k = _normed_and_turned(heads, q_mask, k_weights, k_partners, sine, cosine, eps, D, BLOCK_D)
                 to = tl.load(mapping + t).to(tl.int64)
                 # Nobody reads this row now: it held position p - W, or nothing.
-                first_of_its_head = q_mask & (h % REPEAT == 0)[:, None] & (to >= 0)
-                tl.store(k + to * k_stride + own_place, mine_k, mask=first_of_its_head)
-                tl.store(v + to * v_stride + own_place, mine_v, mask=first_of_its_head)
+                once = q_mask & (h == 0)[:, None] & (to >= 0)
+                tl.store(k + to * k_stride + own_place, mine_k, mask=once)
+                tl.store(v + to * v_stride + own_place, mine_v, mask=once)
             else:
                 mine_k = tl.load(own_k + t * own_k_stride + own_place, mask=q_mask, other=0.0)
             highest = tl.sum(q_tile.to(tl.float32) * mine_k.to(tl.float32), axis=1) * scale
             total = tl.full([BLOCK_H], 1.0, tl.float32)
             acc += mine_v.to(tl.float32)
 
-    together = (own[None, :] == (h // REPEAT)[:, None]) if PACK > 1 else (h >= 0)[:, None]
     if not LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
-        acc, total, highest = _attend_to(
-            q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
-        )
+        acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
     for block in tl.range(first + 1, stop, num_stages=STAGES):
-        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, COLUMNS, PACK, SOURCE, SIZE)
+        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & d_mask
         k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
-        acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :] & together, scale, acc, total, highest)
+        acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :], scale, acc, total, highest)
     if LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
-        acc, total, highest = _attend_to(
-            q_tile, k_first, v_first, seen_first[None, :] & together, scale, acc, total, highest
-        )
+        acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if not SPLIT:
         tl.store(out + head[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=q_mask)
     else:
         tl.store(partial + (head * splits + split)[:, None] * D + d[None, :], acc, mask=q_mask)
-        tl.store(sums + head * splits + split, highest + tl.log2(total), mask=h < PACK * REPEAT)
+        tl.store(sums + head * splits + split, highest + tl.log2(total), mask=h < REPEAT)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, PACK * REPEAT, D, BLOCK_D, MERGED)
+            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, REPEAT, D, BLOCK_D, MERGED)
             tl.store(arrived + tl.program_id(0), 0)

@@ -133,7 +133,7 @@ def _attend_float8_kernel(
     place = g * (D // 2) + w[None, :]
     # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
-    row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, 1, SOURCE, SIZE)
+    row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
     seen &= first < stop
     k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
     v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
@@ -160,7 +160,7 @@ def _attend_float8_kernel(
         q_even, q_odd, k_first, v_first, seen[None, :], power, even, odd, total, highest, NATIVE
     )
     for block in tl.range(first + 1, stop, num_stages=STAGES):
-        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, 1, SOURCE, SIZE)
+        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & w_mask

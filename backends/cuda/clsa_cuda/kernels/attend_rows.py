@@ -58,10 +58,10 @@ def attend_rows(
     if num_queries == 0:
         return out
     own = own or kv
-    _check(q, kv, own, rows, lengths, tiles)
+    _check(q, kv, own, rows, lengths)
     kv_heads = kv[0].shape[1]
     splits = tiles.splits + (source == "ring" and tiles.splits > 1)  # and one for the own token
-    pairs, repeat = num_queries * kv_heads // tiles.pack, num_heads // kv_heads
+    pairs, repeat = num_queries * kv_heads, num_heads // kv_heads
     assert splits == 1 or pairs <= MAX_ARRIVALS
     scratch = (num_queries, num_heads, splits if splits > 1 else 0)
     partial = torch.empty(*scratch, head_dim, dtype=torch.float32, device=q.device)
@@ -69,19 +69,20 @@ def attend_rows(
     device = limits(q.device)
     scale = math.log2(math.e) / math.sqrt(head_dim)
     sequence = lengths if sequence is None else sequence
-    in_words = _in_words(source, q, kv, tiles)
+    in_words = _in_words(source, q, kv)
     constants = {
         "D": head_dim,
         "BLOCK_D": max(32 if in_words else 16, next_power_of_2(head_dim)),  # products are over 16 numbers at least
         "REPEAT": repeat,
-        "BLOCK_H": max(16, next_power_of_2(tiles.pack * repeat)),
+        "KV_HEADS": kv_heads,
+        "BLOCK_H": max(16, next_power_of_2(repeat)),
         "BLOCK_N": tiles.block_n,
         "SPLIT": splits > 1,
         "SOURCE": source,
         "SIZE": size,
         "STAGES": tiles.num_stages,
         "FRESH": fresh,
-        "MERGED": merged(splits, tiles.pack * repeat, head_dim),
+        "MERGED": merged(splits, repeat, head_dim),
         "OVERLAP": device.early_launch,
         "num_warps": tiles.num_warps,
         **launch_options(device),
@@ -99,7 +100,6 @@ def attend_rows(
             rows.stride(0),
             scale,
             splits,
-            KV_HEADS=kv_heads,
             NATIVE=q.is_cuda,
             **constants,
         )
@@ -118,8 +118,6 @@ def attend_rows(
         scale,
         arrival.norms.eps if arrival else 0.0,
         splits,
-        PACK=tiles.pack,
-        PARTS=kv_heads // tiles.pack,
         WINDOW=arrival is not None,
         LAST=tiles.last,
         **constants,
@@ -133,7 +131,6 @@ def _check(
     own: tuple[Tensor, Tensor],
     rows: Tensor,
     lengths: Tensor,
-    tiles: AttentionTiles,
 ) -> None:
     for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
         if x.dtype not in (q.dtype, FLOAT8):
@@ -141,10 +138,9 @@ def _check(
     head_dim = q.shape[2]
     assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
     assert rows.stride(-1) == 1 and lengths.is_contiguous()
-    assert kv[0].shape[1] % tiles.pack == 0
 
 
-def _in_words(source: str, q: Tensor, kv: tuple[Tensor, Tensor], tiles: AttentionTiles) -> bool:
+def _in_words(source: str, q: Tensor, kv: tuple[Tensor, Tensor]) -> bool:
     """Whether the rows are read as words of two E4M3 numbers. Queries in float32 would not fit a float16."""
     in_float8 = all(x.dtype == FLOAT8 and x.stride(0) % 2 == 0 and x.data_ptr() % 2 == 0 for x in kv)
-    return in_float8 and source != "ring" and q.itemsize == 2 and q.shape[2] % 2 == 0 and tiles.pack == 1
+    return in_float8 and source != "ring" and q.itemsize == 2 and q.shape[2] % 2 == 0

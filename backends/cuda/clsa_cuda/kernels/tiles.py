@@ -128,7 +128,6 @@ class AttentionTiles:
     splits: int
     num_warps: int
     num_stages: int
-    pack: int = 1  # KV heads of a program
     last: bool = True
 
 
