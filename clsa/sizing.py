@@ -27,13 +27,17 @@ class Sizes:
 
     max_model_len: int
     num_pages: int
-    num_slots: int
     num_snapshots: int
     num_cached_pages: int  # of the pages, how many the prefix cache may keep
     step_size: StepSize
     num_bytes: int  # of all state together
     weight_bytes: int = 0
     step_bytes: int = 0  # what a step may take beside weights and state
+
+    @property
+    def num_slots(self) -> int:
+        """Windows of running sequences."""
+        return self.step_size.max_num_seqs
 
     def stats(self) -> dict[str, int]:
         """The plan as `LLM.stats` and `clsa info` show it; pages, slots and snapshots are counted by the scheduler."""
@@ -92,7 +96,6 @@ def plan_sizes(ops: Ops, plan: Plan, dtype: str, engine: EngineConfig) -> Sizes:
     return Sizes(
         max_model_len=max_model_len,
         num_pages=pages,
-        num_slots=size.max_num_seqs,
         num_snapshots=snapshots,
         num_cached_pages=cached,
         step_size=size,

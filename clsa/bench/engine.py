@@ -68,7 +68,7 @@ def make_engine(
     plan = make_plan(config)
     num_bytes = state_bytes(ops, plan, dtype, pages, slots, stored)
     size = replace(ops.step_size, max_num_seqs=slots, max_tokens_per_step=tokens_per_step)
-    sizes = Sizes(config.max_position_embeddings, pages, slots, 0, 0, size, num_bytes)
+    sizes = Sizes(config.max_position_embeddings, pages, 0, 0, size, num_bytes)
     return Engine(ops, params, plan, word_tokenizer(config), dtype, settings, sizes)
 
 

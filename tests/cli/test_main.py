@@ -68,9 +68,11 @@ def test_help_imports_nothing_heavy() -> None:
         "import json, sys\nfrom clsa_cli.main import app\n"
         "try:\n    app()\nfinally:\n    print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     )
-    loaded = {name.partition(".")[0] for name in json.loads(clsa_process("--help", code=code).stderr)}
+    modules = json.loads(clsa_process("--help", code=code).stderr)
+    loaded = {name.partition(".")[0] for name in modules}
     heavy = {"numpy", "torch", "mlx", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "triton"}
     assert loaded & heavy == set()
+    assert len(modules) < 450, "each takes its time to import"
 
 
 @pytest.mark.parametrize(
