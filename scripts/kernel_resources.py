@@ -82,6 +82,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         out[f"score many {dtype}"] = scores_of_many(dtype)
         for kind in ("sliding", "causal"):
             out[f"prefill {kind} {dtype}"] = prefill(kind, dtype, 128)
+    out["prefill causal bfloat16 marked"] = prefill("causal", "bfloat16", 128, marked=True)
     for head_dim in (64, 80, 256):
         out[f"prefill causal bfloat16 D={head_dim}"] = prefill("causal", "bfloat16", head_dim)
     for rows in (1, 32):
@@ -205,11 +206,14 @@ def attention_float8(source: str, batch: int) -> tuple[Any, dict[str, str], dict
     return kernel, types | {"k": "*i16", "v": "*i16"}, constants, options
 
 
-def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+def prefill(
+    kind: str, dtype: str, head_dim: int, marked: bool = False
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     tiles = prefill_tiles(head_dim, getattr(torch, dtype).itemsize, H200, window=kind != "causal")
     types = dict.fromkeys(("q", "k", "v", "ring_k", "ring_v", "out"), TYPES[dtype])
     types |= dict.fromkeys(("slots", "block_table", "positions", "tiles"), "*i32")
-    types |= dict.fromkeys(("H", "q_stride", "k_stride", "v_stride", "ring_stride", "table_stride", "W"), "i32")
+    strides = ("q_stride", "k_stride", "v_stride", "ring_stride", "table_stride", "marks_stride")
+    types |= dict.fromkeys(("H", "W", *strides), "i32") | {"marks": "*i8"}
     constants = {
         "D": head_dim,
         "BLOCK_D": next_power_of_2(head_dim),
@@ -220,7 +224,8 @@ def prefill(kind: str, dtype: str, head_dim: int) -> tuple[Any, dict[str, str], 
     }
     kernel = jit_function(sliding_prefill._sliding_kernel)
     if kind == "causal":
-        kernel, constants["PAGE"] = jit_function(causal_prefill._causal_kernel), PAGE_SIZE
+        kernel = jit_function(causal_prefill._causal_kernel)
+        constants |= {"PAGE": PAGE_SIZE, "MARKED": marked}
     types = {name: t for name, t in (types | {"scale": "fp32"}).items() if name in kernel.arg_names}
     return kernel, types, constants, {"num_warps": tiles.num_warps}
 

@@ -11,9 +11,11 @@ import pytest
 from clsa import spec
 from clsa.config import MemoryDtypes
 from clsa.errors import BackendError
-from clsa.ops import Ops
+from clsa.ops import Ops, Selection
+from clsa_cuda.kernels import chunk_selection
 from clsa_cuda.kernels import select as select_module
 from clsa_cuda.kernels.causal_prefill import causal_prefill
+from clsa_cuda.kernels.chunk_selection import ChunkSelection, with_marks
 from clsa_cuda.kernels.prefill import PrefillTiles, prefill_tiles, query_tiles
 from clsa_cuda.kernels.score_many import score_many
 from clsa_cuda.kernels.select import select
@@ -98,6 +100,43 @@ def test_causal_prefill(
     result = host(ops, got, dtype)
     assert not result[step.positions < 0].any(), "a padded query must get zeros"
     assert_close("dense_attention", dtype, result, want, (heads, kv_heads, head_dim))
+
+
+@CHUNKS
+@pytest.mark.parametrize("k, tiles", [(1, SMALL), (20, LARGE), (2048, LARGE)], ids=["1", "20", "all"])
+def test_selections_of_chunks(
+    ops: Ops, dtype: str, chunks: list[Chunk], k: int, tiles: PrefillTiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By marks, and without where everything is chosen; queries that see nothing get zeros."""
+    rng = np.random.default_rng(3)
+    step = layout(rng, chunks)
+    monkeypatch.setattr(chunk_selection, "_TOKENS_EACH", 1)
+    monkeypatch.setattr(chunk_selection, "_TIMES", 1024)
+    q = normal(rng, len(step.positions), 10, 16, dtype=dtype, scale=2.0)
+    kv = [poisoned(normal(rng, step.num_rows, 2, 16, dtype=dtype), step.readable) for _ in range(2)]
+    q_idx, k_idx = (normal(rng, n, 16, dtype=dtype) for n in (len(q), step.num_rows))
+    memory = filled_memory(spec, kv[0], kv[1], poisoned(k_idx, step.readable), dtype)
+    chosen = spec.select(spec.asarray(q_idx), memory, step.queries(spec), k, 1)
+    want = spec.gather_attention(spec.asarray(q), memory, chosen)
+    selection = Selection(*(ops.asarray(x) for x in arrays(spec, chosen)))
+    found = with_marks(selection, step.queries(ops))
+    assert isinstance(found, ChunkSelection) and (found.marks is None) == (k == 2048)
+    memory = filled_memory(ops, kv[0], kv[1], None, dtype)
+    result = host(ops, causal_prefill(ops.asarray(q), memory, found.queries, tiles, found.marks), dtype)
+    assert not result[step.positions < 0].any(), "a padded query must get zeros"
+    assert_close("gather_attention", dtype, result, np.asarray(want), (k,))
+
+
+def test_which_selections_are_marked(ops: Ops) -> None:
+    def marked(chunks: list[Chunk], k: int = 64) -> bool:
+        step = layout(np.random.default_rng(0), chunks)
+        nothing = ops.asarray(np.full((len(step.positions), k), -1, np.int32))
+        selection = Selection(nothing, nothing, ops.asarray(np.zeros(len(nothing), np.int32)))
+        return isinstance(with_marks(selection, step.queries(ops)), ChunkSelection)
+
+    assert marked([Chunk(0, 40)]) and marked([Chunk(0, 20), Chunk(50, 13)])
+    assert not marked([Chunk(0, 8), Chunk(50, 8)]), "tiles would hold little"
+    assert marked([Chunk(728, 40)]) and not marked([Chunk(729, 40)]), "12 times k tokens at most"
 
 
 def test_memories_in_float8(ops: Ops, dtype: str) -> None:

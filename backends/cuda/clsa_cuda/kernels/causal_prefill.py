@@ -1,4 +1,4 @@
-"""`dense_attention` of packed chunks: every visible row of a paged memory, for tiles of queries."""
+"""`dense_attention` of packed chunks: every visible row of a paged memory, for tiles of queries. Or those marked."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def _causal_kernel(
     block_table,  # [B, M]
     positions,  # [T]
     tiles,  # [n, 4]
+    marks,  # [T, M * PAGE] int8, MARKED only
     out,  # [T, H, D]
     H,
     q_stride,
     k_stride,
     v_stride,
     table_stride,
+    marks_stride,
     scale,  # log2(e) / sqrt(D)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -49,6 +51,7 @@ def _causal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    MARKED: tl.constexpr,  # whether a query sees only what is marked
 ):
     """Program (tile, KV head)."""
     sequence, start, token, head, there = load_tile(tiles, REPEAT, BLOCK_M)
@@ -67,6 +70,7 @@ def _causal_kernel(
     k += g * D + d[None, :]
     v += g * D + d[None, :]
     n = tl.arange(0, BLOCK_N)
+    marks += (start + token)[:, None] * marks_stride + n[None, :]
     last = tl.max(position)
     lowest = tl.min(tl.where(live, position, last))
     whole = (lowest + 1) // BLOCK_N * BLOCK_N  # every query sees all keys before it
@@ -78,7 +82,10 @@ def _causal_kernel(
         else:
             k_tile = widened(tl.load(k + row[:, None] * k_stride, mask=inside, other=0.0), q_tile)
             v_tile = widened(tl.load(v + row[:, None] * v_stride, mask=inside, other=0.0), q_tile)
-        acc, total, highest = attend_block(q_tile, k_tile, v_tile, inside, acc, total, highest, scale, False)
+        visible = inside
+        if MARKED:
+            visible = tl.load(marks + at, mask=live[:, None], other=0) != 0
+        acc, total, highest = attend_block(q_tile, k_tile, v_tile, visible, acc, total, highest, scale, MARKED)
     for at in tl.range(whole, last + 1, BLOCK_N, num_stages=STAGES):
         key = at + n
         row = page_rows(table, at, key, key <= last, PAGE, BLOCK_N)
@@ -86,6 +93,8 @@ def _causal_kernel(
         k_tile = widened(tl.load(k + row[:, None] * k_stride, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride, mask=mask, other=0.0), q_tile)
         visible = key[None, :] <= position[:, None]
+        if MARKED:
+            visible = tl.load(marks + at, mask=visible, other=0) != 0
         acc, total, highest = attend_block(q_tile, k_tile, v_tile, visible, acc, total, highest, scale, True)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -93,16 +102,20 @@ def _causal_kernel(
     tl.store(out + place, tl.where(live[:, None], acc, 0.0).to(out.dtype.element_ty), mask=there[:, None] & inside)
 
 
-def causal_prefill(q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTiles | None = None) -> Tensor:
+def causal_prefill(
+    q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTiles | None = None, marks: Tensor | None = None
+) -> Tensor:
     """`Ops.dense_attention` of chunks: q [T, H, D] -> [T, H, D]; `tiles` is for measuring others.
 
     What a query sees follows from its position alone, so `context_lens` may be bounds, and positions of a sequence
-    may have gaps; the memory may be E4M3. Raises BackendError if the dtypes differ otherwise.
+    may have gaps; the memory may be E4M3. With `marks` [T, tokens of the page table] int8 a query sees only what is
+    marked. Raises BackendError if the dtypes differ otherwise.
     """
     num_tokens, num_heads, head_dim = q.shape
     kv_heads = memory.k.shape[1]
     check_heads(q, {"the memory's k": memory.k, "the memory's v": memory.v}, FLOAT8)
     table = queries.block_table
+    assert marks is None or (marks.shape[0] == num_tokens and marks.stride(1) == 1)
     assert queries.cu_seqlens[-1] == num_tokens and queries.positions.is_contiguous() and table.stride(1) == 1
     tiles = tiles or prefill_tiles(head_dim, q.itemsize, limits(q.device), window=False)
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -117,12 +130,14 @@ def causal_prefill(q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTi
         table,
         queries.positions,
         where,
+        where if marks is None else marks,
         out,
         num_heads,
         q.stride(0),
         memory.k.stride(0),
         memory.v.stride(0),
         table.stride(0),
+        0 if marks is None else marks.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
         D=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
@@ -131,6 +146,7 @@ def causal_prefill(q: Tensor, memory: Memory, queries: Queries, tiles: PrefillTi
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         STAGES=tiles.num_stages,
+        MARKED=marks is not None,
         num_warps=tiles.num_warps,
         maxnreg=tiles.maxnreg,
     )

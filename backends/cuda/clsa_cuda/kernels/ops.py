@@ -11,6 +11,7 @@ from clsa.ops import HeadNorms, Memory, Queries, Sampled, SamplingBatch, Selecti
 from clsa_cuda import plain
 from clsa_cuda.kernels.blocks import add_linear, close_layer, linears, norm_linears, norm_swiglu
 from clsa_cuda.kernels.causal_prefill import causal_prefill
+from clsa_cuda.kernels.chunk_selection import ChunkSelection, with_marks
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.draw import draw
 from clsa_cuda.kernels.fused import embed, norm_rope, rms_norm, swiglu, take_tokens
@@ -79,9 +80,12 @@ class KernelOps(TorchOps):
     def select(self, q_idx: Tensor, memory: Memory, queries: Queries, k: int, block_size: int) -> Selection:
         self._settled = False
         run = TorchOps.select if block_size > 1 or k > MAX_SELECTED else select
-        return run(q_idx, memory, queries, k, block_size)
+        selection = run(q_idx, memory, queries, k, block_size)
+        return with_marks(selection, queries) if asks_many(queries) else selection
 
     def gather_attention(self, q: Tensor, memory: Memory, selection: Selection) -> Tensor:
+        if isinstance(selection, ChunkSelection):
+            return causal_prefill(q, memory, selection.queries, marks=selection.marks)
         return gather_attention(q, memory, selection, fresh=self._left_fresh())
 
     def dense_attention(self, q: Tensor, memory: Memory, queries: Queries) -> Tensor:
