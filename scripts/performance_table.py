@@ -34,8 +34,8 @@ Triton 3.6 does not offer), and an attention over windows that fills its memory 
 what a multiprocessor has on its way: {dense:.0%} of the floor.
 
 One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
-Not run again since the last changes, which are to steps of 64 sequences and more, to selections that are not full, and to launches that are not recorded (docs/log.md):
-routing alone, prefill of 64 prompts, the long runs and the served one, warm start, KD loss, compute-sanitizer, and of the first two `clsa bench ops`.
+Not run again since the last changes, which are to steps of 64 sequences and more, to selections that are not full, to launches that are not recorded and to selections of whole
+chunks (docs/log.md): prefill of 64 prompts, the long runs, warm start, KD loss, and of the first two `clsa bench ops`.
 """
 
 
