@@ -7,30 +7,14 @@ equations 1-4). Shapes use the letters of `clsa.ops`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from clsa.config import MODEL_DTYPE, MemoryDtypes, ModelConfig
-from clsa.ops import Array, HeadNorms, Memory, Ops, Queries, Selection, State, StepBatch, Window
+from clsa.ops import Array, HeadNorms, Memory, Ops, Queries, Rows, State, StepBatch, Window
 from clsa.plan import Plan
 
 Params = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows on their way through the layers: all T of them up to the prefill exit, the R wanted ones after it."""
-
-    x: Array  # [T, C] or [R, C]
-    queries: Queries
-    selection: Selection | None  # the last one computed, whatever kind of layer did
-
-    def narrow(self, ops: Ops, batch: StepBatch) -> _Rows:
-        """Keep only the rows whose logits are wanted."""
-        if batch.logits_rows is None or batch.logits_queries is None:
-            return self
-        selection = self.selection and ops.take_selection(self.selection, batch.logits_rows)
-        return _Rows(ops.take(self.x, batch.logits_rows), batch.logits_queries, selection)
 
 
 def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State) -> tuple[Array | None, State]:
@@ -39,26 +23,51 @@ def forward(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State
     Returns: logits [R, V] float32 (None if no row is wanted: the walk ends at the prefill exit), and the new
     state; `state` must not be used again.
     """
+    rows, state = enter(ops, params, plan, batch, state)
+    return None if rows is None else leave(ops, params, plan, rows, state), state
+
+
+def enter(ops: Ops, params: Params, plan: Plan, batch: StepBatch, state: State) -> tuple[Rows | None, State]:
+    """The first part of `forward`, up to the prefill exit: all that writes state.
+
+    Returns: the R rows that are wanted (None if there are none) and the new state; `state` must not be used again.
+    """
     memories, windows = list(state.memories), list(state.windows)
-    rows = _Rows(ops.embed(params["embed_tokens"], batch.tokens), batch.queries, None)
-    for i, (layer, weights) in enumerate(zip(plan.layers, params["layers"], strict=True)):
+    rows = Rows(ops.embed(params["embed_tokens"], batch.tokens), batch.queries, None)
+    for i, layer in enumerate(plan.layers[: plan.exit_layer + 1]):
         if layer.window is not None:
-            rows, windows[layer.window] = _sliding_layer(ops, weights, plan.config, rows, windows[layer.window], batch)
-        elif layer.memory is not None:
-            rows, memories[layer.memory] = _memory_layer(ops, params, plan, i, rows, memories[layer.memory], batch)
-        if i == plan.exit_layer:
-            if not batch.wants_logits:
-                return None, State(tuple(memories), tuple(windows))
-            if not layer.writes_memory:
-                rows = rows.narrow(ops, batch)
+            rows, windows[layer.window] = _sliding_layer(ops, params, plan, i, rows, windows[layer.window], batch)
+        if layer.memory is not None:
+            if layer.writes_memory:
+                rows, memories[layer.memory] = _write(ops, params, plan, i, rows, memories[layer.memory], batch)
+            if i != plan.exit_layer:
+                rows = _read(ops, params, plan, i, rows, memories[layer.memory])
+    state = State(tuple(memories), tuple(windows))
+    return (_wanted(ops, rows, batch) if batch.wants_logits else None), state
+
+
+def leave(ops: Ops, params: Params, plan: Plan, rows: Rows, state: State) -> Array:
+    """The rest of `forward`: from the rows that `enter` returns to their logits [R, V] float32. State is only read."""
+    for i, layer in enumerate(plan.layers):
+        if layer.memory is not None and i >= plan.exit_layer:
+            rows = _read(ops, params, plan, i, rows, state.memories[layer.memory])
     head = params["embed_tokens"] if plan.config.tie_word_embeddings else params["lm_head"]
     (logits,) = ops.norm_linears(rows.x, params["norm"], plan.config.rms_norm_eps, (head,), "float32")
-    return logits, State(tuple(memories), tuple(windows))
+    return logits
+
+
+def _wanted(ops: Ops, rows: Rows, batch: StepBatch) -> Rows:
+    """Only the rows whose logits are wanted."""
+    if batch.logits_rows is None or batch.logits_queries is None:
+        return rows
+    selection = rows.selection and ops.take_selection(rows.selection, batch.logits_rows)
+    return Rows(ops.take(rows.x, batch.logits_rows), batch.logits_queries, selection)
 
 
 def _sliding_layer(
-    ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, window: Window, batch: StepBatch
-) -> tuple[_Rows, Window]:
+    ops: Ops, params: Params, plan: Plan, i: int, rows: Rows, window: Window, batch: StepBatch
+) -> tuple[Rows, Window]:
+    c, weights = plan.config, params["layers"][i]
     attn = weights["self_attn"]
     projections = (attn["q_proj"], attn["k_proj"], attn["v_proj"])
     q, k, v = _heads(c, ops.norm_linears(rows.x, weights["input_layernorm"], c.rms_norm_eps, projections))
@@ -67,29 +76,30 @@ def _sliding_layer(
     return _finish(ops, weights, c, rows, o), window
 
 
-def _memory_layer(
-    ops: Ops, params: Params, plan: Plan, i: int, rows: _Rows, memory: Memory, batch: StepBatch
-) -> tuple[_Rows, Memory]:
-    """A full or cross layer: write (all rows), leave the rows nobody waits for behind, route, read."""
+def _write(
+    ops: Ops, params: Params, plan: Plan, i: int, rows: Rows, memory: Memory, batch: StepBatch
+) -> tuple[Rows, Memory]:
+    """K, V and index keys of all rows. Made with them: what the layer's queries need, unless rows leave before that."""
     c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
-    full = layer.kind == "full_attention"
     norm, written, asked = _through_memory_norm(params, plan, i)
     stays = i != plan.exit_layer or batch.logits_rows is None
     made = _projected(ops, c, rows.x, norm, written | asked if stays else written)
-    if layer.writes_memory:
-        k, v = _heads(c, (made["k"], made["v"]))
-        if full:  # no positions in the shared memory ("RNoPE")
-            k = _positioned(ops, c, k, weights["self_attn"]["k_norm"], rows.queries)
-        memory = ops.write_memory(memory, k, v, made.get("k_idx"), batch.slot_mapping)
-    if not stays:
-        if not batch.wants_logits:
-            return rows, memory
-        rows = rows.narrow(ops, batch)
-        made = _projected(ops, c, rows.x, norm, asked)
+    k, v = _heads(c, (made["k"], made["v"]))
+    if layer.kind == "full_attention":  # no positions in the shared memory ("RNoPE")
+        k = _positioned(ops, c, k, weights["self_attn"]["k_norm"], rows.queries)
+    memory = ops.write_memory(memory, k, v, made.get("k_idx"), batch.slot_mapping)
+    return replace(rows, made={name: made[name] for name in asked} if stays else None), memory
+
+
+def _read(ops: Ops, params: Params, plan: Plan, i: int, rows: Rows, memory: Memory) -> Rows:
+    """A full or cross layer behind its write: route, read, feed forward."""
+    c, layer, weights = plan.config, plan.layers[i], params["layers"][i]
+    norm, _, asked = _through_memory_norm(params, plan, i)
+    made = _projected(ops, c, rows.x, norm, asked) if rows.made is None else rows.made
     selection = rows.selection
     if layer.route == "F":
         selection = ops.select(made["q_idx"], memory, rows.queries, c.index_topk, c.index_block_size)
-    if full:
+    if layer.kind == "full_attention":
         (q,) = _heads(c, (made["q"],))
         q = _positioned(ops, c, q, weights["self_attn"]["q_norm"], rows.queries)
     else:
@@ -100,7 +110,7 @@ def _memory_layer(
     else:
         assert selection is not None  # ModelConfig refuses S before F
         o = ops.gather_attention(q, memory, selection)
-    return _finish(ops, weights, c, _Rows(rows.x, rows.queries, selection), o), memory
+    return _finish(ops, weights, c, replace(rows, selection=selection, made=None), o)
 
 
 def _through_memory_norm(params: Params, plan: Plan, i: int) -> tuple[Array, dict[str, Any], dict[str, Any]]:
@@ -142,7 +152,7 @@ def _positioned(ops: Ops, c: ModelConfig, x: Array, norm: Array, queries: Querie
     return ops.norm_rope(x, norm, c.rms_norm_eps, queries.positions, c.rope_theta)
 
 
-def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, o: Array) -> _Rows:
+def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: Rows, o: Array) -> Rows:
     """Output projection and feed-forward of a pre-norm residual block: o [T, H, D]."""
     mlp = weights["mlp"]
     x = ops.close_layer(
@@ -155,7 +165,7 @@ def _finish(ops: Ops, weights: Params, c: ModelConfig, rows: _Rows, o: Array) ->
         mlp["up_proj"],
         mlp["down_proj"],
     )
-    return _Rows(x, rows.queries, rows.selection)
+    return replace(rows, x=x)
 
 
 def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, stored: MemoryDtypes = MODEL_DTYPE) -> State:
@@ -172,4 +182,4 @@ def new_state(ops: Ops, plan: Plan, rows: int, slots: int, dtype: str, stored: M
     return State(memories, windows)
 
 
-__all__ = ["Params", "forward", "new_state"]
+__all__ = ["Params", "enter", "forward", "leave", "new_state"]

@@ -181,6 +181,16 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows on their way through the layers: all T of them up to the prefill exit, the R wanted ones after it."""
+
+    x: Array  # [T, C] or [R, C]
+    queries: Queries
+    selection: Selection | None  # the last one computed, whatever kind of layer did
+    made: Mapping[str, Array] | None = None  # by name: what the layer that wrote a memory has projected for its queries
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """Everything one step needs besides weights and state. On the host all arrays are NumPy's.
 
@@ -194,16 +204,25 @@ class StepInputs:
     penalty_source: Array | None  # [R * n] int32, likewise for sampling.penalty_tokens
 
 
-Compute = Callable[[StepInputs, Array | None, State], tuple[Sampled | None, State]]
-# (inputs, tokens [n] int32 of the sample before, state) -> sample, new state
+@dataclass(frozen=True, slots=True)
+class RestInputs:
+    """What a step needs from its prefill exit on, where each sequence has one row left, as in a decode step."""
+
+    rows: Rows  # `x` and `selection` are on the device already, `queries` is the host's
+    sampling: SamplingBatch
+    penalty_source: Array | None  # as in StepInputs
 
 
-def map_arrays(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A value with `change` applied to every NumPy array in it; dataclasses are walked, anything else is kept."""
-    if isinstance(value, np.ndarray):
+Compute = Callable[[Any, Array | None, State], tuple[Sampled | None, State]]
+# (StepInputs or RestInputs, tokens [n] int32 of the sample before, state) -> sample, new state
+
+
+def map_arrays(value: Any, change: Callable[[Any], Any], kind: type = np.ndarray) -> Any:
+    """A value with `change` applied to every array of a kind in it; dataclasses are walked, anything else is kept."""
+    if isinstance(value, kind):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_arrays(getattr(value, f.name), change) for f in fields(value)})
+        return replace(value, **{f.name: map_arrays(getattr(value, f.name), change, kind) for f in fields(value)})
     return value
 
 
@@ -211,8 +230,8 @@ def map_arrays(value: Any, change: Callable[[Any], Any]) -> Any:
 class StepSize:
     """How much one step takes at most: sequences that run together, and tokens of prompts and answers.
 
-    A step with prompts is not recorded, so between steps that are it costs the host some milliseconds more. It pays for
-    `min_prompt_tokens` of prompts; fewer wait for others to come, for some steps.
+    A step with prompts is not recorded up to its prefill exit, so between steps that are it costs the host some
+    milliseconds more. It pays for `min_prompt_tokens` of prompts; fewer wait for others to come, for some steps.
     """
 
     max_num_seqs: int
@@ -227,6 +246,7 @@ class Ops(Protocol):
     device: str  # what it computes on, in words a user reads
     step_size: StepSize  # what this device works best with, if nobody says otherwise and the memory allows it
     temporary_bytes: int  # what one op may take beside its arguments and its result, whatever their sizes
+    records_rest: bool  # whether what `record` gives takes a RestInputs too: pays where launches take longer than work
     keeps_quantized: bool  # whether a quantised weight stays one on the device; if not, it becomes a dense one
     no_fp8: Mapping[str, str]  # "memory" and "weights", where this device cannot keep them in E4M3: why, what helps
 
@@ -290,6 +310,7 @@ class Ops(Protocol):
 
         `compute` takes a StepInputs of device arrays. What is returned takes one of host arrays, in which every
         sequence asks with one token, rows may be padded and `context_lens` are bounds; it gives the same result.
+        With `records_rest` both take a RestInputs as well, and only what its comments say is on the device before.
         What it samples may be overwritten by its next call, unless `fetch` was called before that.
         """
         ...

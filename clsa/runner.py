@@ -11,12 +11,12 @@ import numpy as np
 
 from clsa.batch import upload
 from clsa.config import MODEL_DTYPE, PAGE_SIZE, MemoryDtypes
-from clsa.model import Params, forward, new_state
-from clsa.ops import Array, Ops, Sampled, State, StepInputs
+from clsa.model import Params, enter, leave, new_state
+from clsa.ops import Array, Ops, RestInputs, Rows, Sampled, State, StepInputs
 from clsa.plan import Plan
 from clsa.prefix_state import read_rows, write_rows
 from clsa.sampling import resolve
-from clsa.step import PageTables, pad_decode, step_inputs
+from clsa.step import PageTables, pad_decode, pad_rest, step_inputs
 from clsa.step_plan import StepPlan
 
 _log = logging.getLogger(__name__)
@@ -94,10 +94,7 @@ class Runner:
         self._state = state = self._copy_windows(state, step.restores)
         inputs = step_inputs(step, self._plan.config.sliding_window, self._tables)
         before = None if previous is None else previous.tokens
-        if self._recorded is not None and _is_decode(inputs):
-            sampled, state = self._recorded(pad_decode(inputs, self._max_pages), before, state)
-        else:
-            sampled, state = self._compute(upload(ops, inputs), before, state)
+        sampled, state = self._run(inputs, before, state)
         # The old state goes before the new one is computed, so that a lazy backend writes in place.
         self._state = state = self._copy_windows(state, step.snapshots)
         ops.evaluate(sampled, state)
@@ -107,18 +104,42 @@ class Runner:
         num_rows = sum(chunk.wants_logits for chunk in step.chunks)
         return Launched(sampled.tokens, ops.fetch([x for x in arrays if x is not None]), num_rows)
 
-    def _compute(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Sampled | None, State]:
-        """One step on the device, from tokens to samples."""
-        ops, batch = self._ops, inputs.batch
-        batch = replace(batch, tokens=resolve(ops, batch.tokens, inputs.token_source, previous))
-        logits, state = forward(ops, self._params, self._plan, batch, state)
-        if logits is None or inputs.sampling is None:
-            return None, state
+    def _run(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Sampled | None, State]:
+        """One step from arrays of the host, as much of it recorded as can be."""
+        ops, recorded = self._ops, self._recorded
+        if recorded is not None and _is_decode(inputs):
+            return recorded(pad_decode(inputs, self._max_pages), previous, state)
+        parts = pad_rest(inputs, self._max_pages) if recorded is not None and ops.records_rest else None
+        if recorded is None or parts is None:
+            return self._compute(upload(ops, inputs), previous, state)
+        first, rest = parts
+        rows, state = self._enter(upload(ops, first), previous, state)
+        assert rows is not None
+        return recorded(replace(rest, rows=replace(rows, queries=rest.rows.queries)), previous, state)
+
+    def _compute(
+        self, inputs: StepInputs | RestInputs, previous: Array | None, state: State
+    ) -> tuple[Sampled | None, State]:
+        """One step on the device, or what is left of it: to the samples."""
+        ops = self._ops
+        if isinstance(inputs, RestInputs):
+            rows: Rows | None = inputs.rows
+        else:
+            rows, state = self._enter(inputs, previous, state)
         sampling = inputs.sampling
+        if rows is None or sampling is None:
+            return None, state
+        logits = leave(ops, self._params, self._plan, rows, state)
         if sampling.penalty_tokens is not None:
             seen = resolve(ops, sampling.penalty_tokens, inputs.penalty_source, previous)
             sampling = replace(sampling, penalty_tokens=seen)
         return ops.sample(logits, sampling), state
+
+    def _enter(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Rows | None, State]:
+        """From tokens to the prefill exit."""
+        batch = inputs.batch
+        batch = replace(batch, tokens=resolve(self._ops, batch.tokens, inputs.token_source, previous))
+        return enter(self._ops, self._params, self._plan, batch, state)
 
     def _new_state(self) -> State:
         return new_state(self._ops, self._plan, self._num_rows, self._num_slots, self._dtype, self._stored)

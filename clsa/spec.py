@@ -42,6 +42,7 @@ name = "numpy"
 device = "cpu (NumPy float64, the specification)"
 step_size = StepSize(32, 2048)
 temporary_bytes = 1 << 28  # a query at a time
+records_rest = False
 keeps_quantized = False
 no_fp8: Mapping[str, str] = {}
 

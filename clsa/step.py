@@ -9,7 +9,7 @@ import numpy as np
 
 from clsa.batch import SequenceChunk, pack
 from clsa.config import PAGE_SIZE
-from clsa.ops import SamplingBatch, StepBatch, StepInputs
+from clsa.ops import Queries, RestInputs, Rows, SamplingBatch, StepBatch, StepInputs
 from clsa.request import Request
 from clsa.sampling import SamplingRow, pack_sampling
 from clsa.step_plan import Chunk, StepPlan
@@ -64,21 +64,8 @@ def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
 
     A padded row stands at position -1, sees nothing and writes nothing. `max_pages` bounds the page tables.
     """
-    batch, queries = inputs.batch, inputs.batch.queries
-    num_rows, num_pages = queries.block_table.shape
+    batch, num_rows = inputs.batch, len(inputs.batch.tokens)
     rows = bucket(num_rows)
-    pages = min(_power_of_two(num_pages), max_pages)
-    table = np.full((rows, pages), -1, np.int32)
-    table[:num_rows, :num_pages] = queries.block_table
-    padded = replace(
-        queries,
-        positions=_pad(queries.positions, rows, -1),
-        sequence=np.arange(rows, dtype=np.int32),
-        block_table=table,
-        window_slots=_pad(queries.window_slots, rows, 0),
-        cu_seqlens=tuple(range(rows + 1)),
-        context_lens=(pages * PAGE_SIZE,) * rows,
-    )
     source = inputs.token_source
     tokens = np.arange(rows, dtype=np.int32)
     if source is not None:  # what came after the tokens now comes after the padded ones
@@ -88,13 +75,56 @@ def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
         replace(
             batch,
             tokens=_pad(batch.tokens, rows, 0),
-            queries=padded,
+            queries=_pad_queries(batch.queries, max_pages),
             slot_mapping=_pad(batch.slot_mapping, rows, -1),
             ring_mapping=_pad(batch.ring_mapping, rows, -1),
         ),
         sampling,
         tokens,
         penalty_source,
+    )
+
+
+def pad_rest(inputs: StepInputs, max_pages: int) -> tuple[StepInputs, RestInputs] | None:
+    """A step with prompts in two parts: up to the prefill exit, and from there on, padded as a decode step is.
+
+    The device gives the second part its rows, one of each sequence that wants logits; padded ones repeat the first.
+    None if nothing leaves the first part, or more than one row of a sequence does.
+    """
+    batch = inputs.batch
+    queries, num_rows = batch.logits_queries, 0 if batch.logits_rows is None else len(batch.logits_rows)
+    if num_rows == 0 or queries is None or len(np.unique(queries.sequence)) < num_rows:
+        return None
+    leaving = queries.sequence
+    alone = replace(
+        queries,
+        sequence=np.arange(num_rows, dtype=np.int32),
+        block_table=queries.block_table[leaving],
+        window_slots=queries.window_slots[leaving],
+    )
+    padded = _pad_queries(alone, max_pages)
+    rows = len(padded.positions)
+    sampling, penalty_source = _pad_sampling(inputs, rows)
+    assert sampling is not None and batch.logits_rows is not None
+    first = replace(batch, logits_rows=_pad(batch.logits_rows, rows, batch.logits_rows[0]), logits_queries=padded)
+    rest = RestInputs(Rows(None, padded, None), sampling, penalty_source)
+    return StepInputs(first, None, inputs.token_source, None), rest
+
+
+def _pad_queries(queries: Queries, max_pages: int) -> Queries:
+    """Of one row of each sequence."""
+    num_rows, num_pages = queries.block_table.shape
+    rows, pages = bucket(num_rows), min(_power_of_two(num_pages), max_pages)
+    table = np.full((rows, pages), -1, np.int32)
+    table[:num_rows, :num_pages] = queries.block_table
+    return replace(
+        queries,
+        positions=_pad(queries.positions, rows, -1),
+        sequence=np.arange(rows, dtype=np.int32),
+        block_table=table,
+        window_slots=_pad(queries.window_slots, rows, 0),
+        cu_seqlens=tuple(range(rows + 1)),
+        context_lens=(pages * PAGE_SIZE,) * rows,
     )
 
 

@@ -30,6 +30,8 @@ def test_any_order_that_events_allow(seed: int, ahead: int, monkeypatch: pytest.
     gpu, run = fake_run(monkeypatch, seed)
     run.steps(40, [(3, 2), (4, 2), (2, 2), (3, 7)], ahead, foreign=0.2)
     assert len(gpu.graphs) == 2 * 3, "two of each shape: four rows or two, two pages or eight"
+    run.steps(60, [(3, 2), (2, 2)], ahead, foreign=0.1, rests=0.4)
+    assert len(gpu.graphs) == 2 * 5, "and of rests: four rows or two"
 
 
 class _Deaf:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clsa.batch import SequenceChunk, pack
 from clsa.config import PAGE_SIZE, SamplingParams
-from clsa.ops import Compute, Sampled, State, StepInputs
+from clsa.ops import Compute, RestInputs, Rows, Sampled, State, StepInputs
 from clsa.sampling import SamplingRow, pack_sampling
 from clsa.step import pad_decode
 from clsa_cuda.recorder import Recorder
@@ -24,20 +24,26 @@ Launch = Callable[[Callable[[], object]], object]
 
 
 def toy(launch: Launch, device: torch.device) -> Compute:
-    """A step whose tokens depend on every token of the step before, and whose inputs are read early and late."""
+    """A step whose tokens depend on every token of the step before, and whose inputs are read early and late.
 
-    def compute(inputs: StepInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
-        batch, source = inputs.batch, inputs.token_source
-        rows = len(batch.tokens)
+    The rest of a step takes its rows [R] int32 in their place.
+    """
+
+    def compute(inputs: StepInputs | RestInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
+        queries = inputs.rows.queries if isinstance(inputs, RestInputs) else inputs.batch.queries
+        rows = len(queries.positions)
         first, out = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
         halves = torch.zeros(rows, dtype=torch.float32, device=device)
 
         def begin() -> None:
-            assert source is not None
-            torch.mul(torch.cat([batch.tokens, previous])[source.long()], 5, out=first)
+            if isinstance(inputs, RestInputs):
+                torch.mul(inputs.rows.x, 5, out=first)
+                return
+            assert inputs.token_source is not None
+            torch.mul(torch.cat([inputs.batch.tokens, previous])[inputs.token_source.long()], 5, out=first)
 
         def end() -> None:
-            seen = first + 7 * batch.queries.positions + batch.queries.block_table.sum(1).int()
+            seen = first + 7 * queries.positions + queries.block_table.sum(1).int()
             torch.remainder(seen, MODULUS, out=out)
 
         for work in (begin, lambda: device.type == "cuda" and torch.cuda._sleep(20_000), end):
@@ -48,12 +54,12 @@ def toy(launch: Launch, device: torch.device) -> Compute:
     return compute
 
 
-def wanted(inputs: StepInputs, previous: np.ndarray | None) -> np.ndarray:
-    """What `toy` gives."""
-    batch = inputs.batch
-    tokens = np.concatenate([batch.tokens, [] if previous is None else previous]).astype(np.int64)
-    seen = 5 * tokens[inputs.token_source] + 7 * batch.queries.positions + batch.queries.block_table.sum(1)
-    return np.asarray(seen % MODULUS)
+def wanted(inputs: StepInputs, previous: np.ndarray | None, rows: np.ndarray | None = None) -> np.ndarray:
+    """What `toy` gives; for `rows`, what it gives for the rest of such a step."""
+    queries = inputs.batch.queries
+    tokens = np.concatenate([inputs.batch.tokens, [] if previous is None else previous]).astype(np.int64)
+    seen = 5 * (tokens[inputs.token_source] if rows is None else rows)
+    return np.asarray((seen + 7 * queries.positions + queries.block_table.sum(1)) % MODULUS)
 
 
 def step_inputs(rng: random.Random, rows: int, pages: int, before: int, position: int) -> StepInputs:
@@ -76,7 +82,9 @@ class Run:
         self.values: np.ndarray | None = None
         self.open: list[tuple[Callable[[], list[np.ndarray]], np.ndarray]] = []
 
-    def steps(self, count: int, shapes: list[tuple[int, int]], ahead: int, foreign: float = 0.0) -> None:
+    def steps(
+        self, count: int, shapes: list[tuple[int, int]], ahead: int, foreign: float = 0.0, rests: float = 0.0
+    ) -> None:
         for position in range(count):
             if self.rng.random() < foreign:
                 self._sample_elsewhere()
@@ -84,7 +92,13 @@ class Run:
             before = 0 if self.values is None else len(self.values)
             inputs = step_inputs(self.rng, rows, pages, before, position)
             values = wanted(inputs, self.values)
-            sampled, _ = self.recorder(inputs, self.tokens, EMPTY)
+            step: StepInputs | RestInputs = inputs
+            if self.rng.random() < rests:
+                numbers, x = self._made_by_a_launch(len(values))
+                queries, values = inputs.batch.queries, wanted(inputs, None, numbers)
+                assert inputs.sampling is not None
+                step = RestInputs(Rows(x, queries, None), inputs.sampling, None)
+            sampled, _ = self.recorder(step, self.tokens, EMPTY)
             assert sampled is not None and sampled.logprobs is not None
             self.open.append((start_fetch([sampled.tokens, sampled.logprobs], self.device), values))
             self.tokens, self.values = sampled.tokens, values
@@ -101,8 +115,11 @@ class Run:
 
     def _sample_elsewhere(self) -> None:
         """A step that is not recorded, as one with a prompt in it."""
-        values = np.array([self.rng.randrange(1000) for _ in range(5)], np.int32)
-        tokens = torch.zeros(5, dtype=torch.int32, device=self.device)
+        self.values, self.tokens = self._made_by_a_launch(5)
+
+    def _made_by_a_launch(self, count: int) -> tuple[np.ndarray, Tensor]:
+        values = np.array([self.rng.randrange(1000) for _ in range(count)], np.int32)
+        made = torch.zeros(count, dtype=torch.int32, device=self.device)
         copy = torch.from_numpy(values).to(self.device)
-        self.launch(lambda: torch.mul(copy, 1, out=tokens))
-        self.tokens, self.values = tokens, values
+        self.launch(lambda: torch.mul(copy, 1, out=made))
+        return values, made

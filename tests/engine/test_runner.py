@@ -9,27 +9,34 @@ import numpy as np
 import pytest
 
 from clsa.batch import upload
-from clsa.config import SamplingParams
-from clsa.ops import Compute, Ops, Sampled, State, StepInputs
+from clsa.config import ModelConfig, SamplingParams
+from clsa.ops import Compute, Ops, RestInputs, Sampled, State, StepInputs
 from clsa.params import nest
 from clsa.plan import make_plan
 from clsa.request import Request
 from clsa.runner import Launched, Runner, StepFailed
 from clsa.step_plan import Chunk, StepPlan
 from tests.engine import models
-from tests.engine.models import CONFIG, Failing, on_backends, open_ops
+from tests.engine.models import CONFIG, CROSS, FULL, SLIDING, Failing, on_backends, open_ops
 
 PARAMS = SamplingParams(max_tokens=50, repetition_penalty=1.4, logprobs=2)
+# Prefill exits behind the write of a memory, of the last of four (with a selection made before it), behind a window.
+PLANS = {
+    "clsa": CONFIG,
+    "yoco": replace(CONFIG, index_topk_pattern="DD"),
+    "full": replace(CONFIG, layer_types=(FULL,) * 4, index_topk_pattern="FSFS"),
+    "window": replace(CONFIG, layer_types=(SLIDING, CROSS, CROSS, SLIDING)),
+}
 PROMPTS = [[5, 9, 200, 31], [77], list(range(100, 190))]
 
 
 class Device:
     """A runner whose requests own two pages and one window slot each."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, config: ModelConfig = CONFIG) -> None:
         self.ops = ops
-        weights = nest({name: ops.asarray(w, "float32") for name, w in models.params(CONFIG).items()})
-        self.runner = Runner(ops, weights, make_plan(CONFIG), "float32", num_pages=8, num_slots=6, max_pages=2)
+        weights = nest({name: ops.asarray(w, "float32") for name, w in models.params(config).items()})
+        self.runner = Runner(ops, weights, make_plan(config), "float32", num_pages=8, num_slots=6, max_pages=2)
         self.requests = [Request(str(i), list(prompt), PARAMS) for i, prompt in enumerate(PROMPTS)]
         for i, request in enumerate(self.requests):
             request.pages, request.window_slot = [2 * i + 1, 2 * i], i
@@ -52,18 +59,25 @@ class Device:
 
 
 class Padding:
-    """Ops that record decode steps, by running what a recorder would record: the padded step, poison behind it."""
+    """Ops that record decode steps, and others behind the prefill exit where `rest`.
 
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+    They run what a recorder would record: the padded step, poison behind it.
+    """
+
+    def __init__(self, ops: Ops, rest: bool = False) -> None:
+        self._ops, self.records_rest = ops, rest
         self.shapes: list[tuple[int, ...]] = []
+        self.rests: list[tuple[int, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
     def record(self, compute: Compute) -> Compute:
-        def recorded(inputs: StepInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
-            self.shapes.append(inputs.batch.queries.block_table.shape)
+        def recorded(inputs: StepInputs | RestInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
+            if isinstance(inputs, RestInputs):
+                self.rests.append((len(inputs.rows.x), *inputs.rows.queries.block_table.shape))
+            else:
+                self.shapes.append(inputs.batch.queries.block_table.shape)
             if previous is None:
                 previous = self._ops.asarray(np.full(8, 1 << 20, np.int32))
             return compute(upload(self._ops, inputs), previous, state)
@@ -79,14 +93,14 @@ def plan(*chunks: Chunk, restores: Any = (), snapshots: Any = ()) -> StepPlan:
     return StepPlan(chunks, restores, snapshots, sum(chunk.stop - chunk.start for chunk in chunks))
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("padded", ["", "decodes", "rests"])
 @on_backends
-def test_tokens_that_are_still_on_the_device(backend: str, padded: bool) -> None:
+def test_tokens_that_are_still_on_the_device(backend: str, padded: str) -> None:
     """Steps launched before the one before is read give what they give one by one, penalties included.
 
     Also in the shapes that a backend gets which records its steps.
     """
-    padding = Padding(open_ops(backend))
+    padding = Padding(open_ops(backend), padded == "rests")
     ahead = Device(padding if padded else open_ops(backend))
     one_by_one = Device(open_ops(backend))
     order = [(0, 1, 2), (1, 2, 0), (1, 2, 0), (1, 2, 0)]  # requests by row
@@ -109,6 +123,26 @@ def test_tokens_that_are_still_on_the_device(backend: str, padded: bool) -> None
         assert result.top_tokens is not None and result.top_tokens.shape == (3, 2)
         one_by_one.append(rows, result)
     assert padding.shapes == ([(4, 2)] * 3 if padded else [])
+    assert padding.rests == ([(4, 4, 2)] if padded == "rests" else [])
+
+
+@pytest.mark.parametrize("name", PLANS)
+@on_backends
+def test_a_step_in_two_parts(backend: str, name: str) -> None:
+    """Decodes, a chunk in the middle of a prompt and one at its end, in any order: as in one part."""
+    padding, results = Padding(open_ops(backend), True), []
+    for ops in (open_ops(backend), padding):
+        device = Device(ops, PLANS[name])
+        first, second, third = device.requests
+        begun = device.runner.launch(plan(Chunk(second, 0, 1, True, None)), None)
+        chunks = [Chunk(third, 0, 30, False, None), Chunk(second, 1, 2, True, 0), Chunk(first, 0, 4, True, None)]
+        results.append(device.read(device.runner.launch(plan(*chunks), begun)))
+        third_again = Chunk(third, 30, 90, True, None)
+        results.append(device.read(device.runner.launch(plan(third_again), None)))
+    assert padding.rests == [(2, 2, 1), (1, 1, 2)]
+    for alone, parts in zip(results[:2], results[2:], strict=True):
+        assert alone.tokens.tolist() == parts.tokens.tolist()
+        assert_close(alone.logprobs, parts.logprobs)
 
 
 @on_backends

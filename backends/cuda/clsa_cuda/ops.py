@@ -44,6 +44,7 @@ class TorchOps(Blocks):
 
     name = "cuda"
     temporary_bytes = 4 * MAX_TEMPORARY_BYTES
+    records_rest = True
     keeps_quantized = False
 
     def __init__(self, device: str) -> None:

@@ -1,5 +1,7 @@
 """Decode steps as CUDA graphs: from tokens to samples in one launch, with nothing for the host to do in between.
 
+Of a step with prompts it is the part behind the prefill exit, whose rows are copied to where recordings look for them.
+
 Between two graphs the device should find nothing else to do. So each shape of step has two recordings, which take
 turns and have buffers of their own: while one runs, the inputs of the other are copied, and what that sampled is read.
 All recordings compute in the same memory, one after the other. What is read while the next one runs lies elsewhere:
@@ -8,25 +10,28 @@ tokens in the place of their turn, where the next step, whose turn is the other 
 
 from __future__ import annotations
 
+import itertools
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clsa.ops import Compute, Sampled, State, StepInputs, map_arrays
+from clsa.ops import Compute, RestInputs, Sampled, State, StepInputs, map_arrays
 from clsa_cuda.transfer import Layout, fill, streams
 
 _MAX_ROWS = 4096  # sequences of a step, as EngineConfig bounds them
 _one_capture = threading.Lock()  # torch allows no second one in a process
 _Kind = tuple[torch.Size, torch.dtype]
+_Inputs = StepInputs | RestInputs
 
 
 class _Recording:
     """A shape of step with addresses of its own. `graph` is None until the step was recorded here."""
 
-    def __init__(self, inputs: StepInputs, arrays: list[np.ndarray], device: torch.device) -> None:
+    def __init__(self, inputs: _Inputs, arrays: list[np.ndarray], device: torch.device) -> None:
+        """Args: tensors in `inputs` are where they will be in every step."""
         layout = Layout(arrays)
         self.staging = layout.new_host()
         self.host = layout.host_views(self.staging)  # the inputs in page-locked memory
@@ -50,9 +55,10 @@ class _Turn:
 
 
 class Recorder:
-    """Runs a decode step directly the first time its shape is seen, then records it twice, then replays it.
+    """Runs a decode step, or the rest of one, directly the first time its shape is seen, then records it twice.
 
-    Kernels are compiled and tuned by the time a step is recorded. Steps come from one thread at a time.
+    After that it is replayed. Kernels are compiled and tuned by the time a step is recorded. Steps come from one thread
+    at a time.
     """
 
     def __init__(self, compute: Compute, device: torch.device) -> None:
@@ -60,13 +66,15 @@ class Recorder:
         self._graphs: dict[tuple[Any, int], _Recording] = {}  # by shape and turn
         self._compiled: dict[Any, list[_Kind | None]] = {}  # shapes of step that have run, and what they sampled
         self._turns = (_Turn(device), _Turn(device))
+        self._places: dict[Any, Tensor] = {}  # of what is on the device when a step comes; recordings share them
         self._turn = 0
         self._pool: Any = None
 
-    def __call__(self, inputs: StepInputs, previous: Tensor | None, state: State) -> tuple[Sampled | None, State]:
+    def __call__(self, inputs: _Inputs, previous: Tensor | None, state: State) -> tuple[Sampled | None, State]:
         torch.cuda.set_device(self._device)
         last, self._turn = self._turns[self._turn], 1 - self._turn
         last.fetched.record(streams(self._device).outward)  # behind all that was asked for until now
+        inputs = self._placed(inputs)
         shape, arrays = _flattened(inputs)
         recording = self._graphs.get((shape, self._turn))
         if recording is None:
@@ -84,6 +92,18 @@ class Recorder:
         finally:
             recording.done.record()
         return recording.sampled, state
+
+    def _placed(self, inputs: _Inputs) -> _Inputs:
+        """With what is on the device copied to the place of its number and shape, behind all that still reads there."""
+        number = itertools.count()
+
+        def placed(x: Tensor) -> Tensor:
+            key = next(number), x.shape, x.dtype
+            if key not in self._places:
+                self._places[key] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return self._places[key].copy_(x)
+
+        return cast(_Inputs, map_arrays(inputs, placed, Tensor))
 
     def _hold(self, previous: Tensor | None, turn: _Turn) -> None:
         """Have the tokens that this step begins with where its recording looks for them."""
@@ -138,7 +158,7 @@ def _fields(sampled: Sampled | None) -> list[Tensor | None]:
     return [] if sampled is None else [sampled.tokens, sampled.logprobs, sampled.top_tokens, sampled.top_logprobs]
 
 
-def _flattened(inputs: StepInputs) -> tuple[Any, list[np.ndarray]]:
+def _flattened(inputs: _Inputs) -> tuple[Any, list[np.ndarray]]:
     """All that a graph of these inputs depends on, as a key; and their arrays, each of them once."""
     parts: list[Any] = []
     places: dict[int, int] = {}
@@ -150,6 +170,8 @@ def _flattened(inputs: StepInputs) -> tuple[Any, list[np.ndarray]]:
             if place == len(arrays):
                 arrays.append(value)
             parts.append((place, value.shape, value.dtype))
+        elif isinstance(value, Tensor):
+            parts.append(value.data_ptr())  # recordings are made for where it lies
         elif (names := getattr(type(value), "__dataclass_fields__", None)) is not None:
             parts.append(type(value))
             for name in names:

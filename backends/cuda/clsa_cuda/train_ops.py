@@ -114,6 +114,7 @@ class TrainOps(Blocks):
     name = "cuda"
     step_size = StepSize(1, 1)  # the engine alone asks
     temporary_bytes = 0  # the same
+    records_rest = False
     keeps_quantized = False
     no_fp8: Mapping[str, str] = {}  # nobody asks
 

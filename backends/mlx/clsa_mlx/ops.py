@@ -28,6 +28,7 @@ name = "mlx"
 device = "cpu (MLX)"
 step_size = StepSize(32, 2048)
 temporary_bytes = 256 << 20  # see clsa_mlx.blocks
+records_rest = False  # a step with prompts takes the GPU longer than the host
 keeps_quantized = True
 no_fp8: Mapping[str, str] = {
     "weights": "backend 'mlx' has no fp8 weights; `clsa convert --quantize 8` makes 8-bit ones that it computes with"
@@ -143,6 +144,7 @@ __all__ = [
     "norm_swiglu",
     "quantized_weight",
     "record",
+    "records_rest",
     "rms_norm",
     "sample",
     "select",

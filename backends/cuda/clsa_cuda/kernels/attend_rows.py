@@ -31,8 +31,8 @@ def merged(splits: int, heads: int, head_dim: int) -> int:
 
     A query that fills the device alone has 33 splits on an H200: two rounds. Each value is a kernel more to compile.
     """
-    most = 17 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
-    return next((n for n in (2, 8) if splits <= n <= most), most)
+    most = 33 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
+    return next((n for n in (2, 8, 17) if splits <= n <= most), most)
 
 
 def attend_rows(
