@@ -1,10 +1,12 @@
 """What the host does for one eager step of decodes, of a prompt, or of both, on a machine without a GPU.
 
+Of a step with prompts only the part up to the prefill exit is eager on a GPU; it is shown on its own.
+
     PYTHONPATH=.:backends/mlx:backends/cuda python scripts/host_cost.py [--plan clsa] [--profile 20]
 
 Kernels are compiled for sm_90 and not launched, matrix products are left out, sizes are small: what remains is Python,
 Triton's way to a launch and torch's allocations, for a model of 32 layers. On a GPU the driver's calls come on top.
-Milliseconds of processor time, the lowest of many steps. Decode steps are recorded there; those with prompts are not.
+Milliseconds of processor time, the lowest of many steps. What follows the exit, and steps without prompts, are recorded there.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from triton.runtime import driver
 import clsa_cuda.kernels
 from clsa.batch import SequenceChunk, pack, upload
 from clsa.config import PAGE_SIZE, SamplingParams
-from clsa.model import forward, new_state
+from clsa.model import enter, leave, new_state
 from clsa.ops import StepInputs
 from clsa.params import nest, tensor_shapes
 from clsa.plan import make_plan
@@ -101,11 +103,11 @@ class Steps:
         sampling, source = pack_sampling(rows) if rows else (None, None)
         return StepInputs(pack(chunks, self.config.sliding_window), sampling, None, source)
 
-    def run(self, inputs: StepInputs) -> None:
+    def run(self, inputs: StepInputs, whole: bool = True) -> None:
         here = upload(self.ops, inputs)
-        logits, self.state = forward(self.ops, self.params, self.plan, here.batch, self.state)
-        if logits is not None and here.sampling is not None:
-            self.ops.sample(logits, here.sampling)
+        rows, self.state = enter(self.ops, self.params, self.plan, here.batch, self.state)
+        if whole and rows is not None and here.sampling is not None:
+            self.ops.sample(leave(self.ops, self.params, self.plan, rows, self.state), here.sampling)
 
 
 def milliseconds(run: Any, repeats: int = 60) -> float:
@@ -132,7 +134,8 @@ def main() -> None:
     ):
         inputs = steps.inputs(num_decodes, with_prompt)
         steps.run(inputs)  # compiles
-        print(f"{name:14s} {milliseconds(lambda inputs=inputs: steps.run(inputs)):6.2f} ms", flush=True)
+        whole, entered = (milliseconds(lambda inputs=inputs, w=w: steps.run(inputs, w)) for w in (True, False))
+        print(f"{name:14s} {whole:6.2f} ms, up to the prefill exit {entered:6.2f} ms", flush=True)
         if args.profile:
             with cProfile.Profile() as profile:
                 for _ in range(20):
