@@ -39,26 +39,50 @@ def pack(chunks: Sequence[SequenceChunk], window: int) -> StepBatch:
     """Pack chunks into one step, in NumPy arrays."""
     lengths = np.array([len(c.tokens) for c in chunks])
     cu_seqlens = (0, *np.cumsum(lengths).tolist())
-    sequence = np.repeat(np.arange(len(chunks)), lengths)
-    offsets = np.arange(cu_seqlens[-1]) - np.array(cu_seqlens)[sequence]  # of a token in its chunk
-    positions = np.array([c.start for c in chunks])[sequence] + offsets
-    table = _block_table(chunks)
-    slots = np.array([c.window_slot for c in chunks], np.int32)
+    return lay_out(
+        tokens=np.concatenate([np.asarray(c.tokens, np.int32) for c in chunks]),
+        starts=np.array([c.start for c in chunks]),
+        lengths=lengths,
+        table=_block_table(chunks),
+        slots=np.array([c.window_slot for c in chunks], np.int32),
+        wanted=_wanted_rows(chunks, cu_seqlens),
+        window=window,
+    )
+
+
+def lay_out(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    table: np.ndarray,
+    slots: np.ndarray,
+    wanted: np.ndarray,
+    window: int,
+) -> StepBatch:
+    """A step in NumPy arrays from what its B sequences bring.
+
+    Args: `tokens` [T] int32, sequence after sequence; the position `starts` [B] of each one's first and how many they
+    are, `lengths` [B]; its page ids `table` [B, M] int32; its window `slots` [B] int32; `wanted` [R] int32, the tokens
+    whose logits are wanted; `window` as for `build_batch`.
+    """
+    stops = np.cumsum(lengths)
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    offsets = np.arange(len(tokens)) - (stops - lengths)[sequence]  # of a token in its chunk
+    positions = starts[sequence] + offsets
     slot_mapping = table[sequence, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     ring = slots[sequence] * window + positions % window
-    is_kept = offsets >= lengths[sequence] - window  # an older token would share a row with a newer one
+    is_kept = offsets >= (lengths - window)[sequence]  # an older token would share a row with a newer one
     queries = Queries(
         positions.astype(np.int32),
         sequence.astype(np.int32),
         table,
         slots,
-        cu_seqlens,
-        tuple(c.start + len(c.tokens) for c in chunks),
+        (0, *stops.tolist()),
+        tuple((starts + lengths).tolist()),
     )
-    wanted = _wanted_rows(chunks, cu_seqlens)
-    all_wanted = len(wanted) == cu_seqlens[-1]
+    all_wanted = len(wanted) == len(tokens)
     return StepBatch(
-        tokens=np.concatenate([np.asarray(c.tokens, np.int32) for c in chunks]),
+        tokens=tokens,
         queries=queries,
         slot_mapping=slot_mapping.astype(np.int32),
         ring_mapping=np.where(is_kept, ring, -1).astype(np.int32),

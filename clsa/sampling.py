@@ -30,13 +30,14 @@ def pack_sampling(rows: Sequence[SamplingRow]) -> tuple[SamplingBatch, np.ndarra
     params = [row.params for row in rows]
     logprobs = [p.logprobs for p in params if p.logprobs is not None]
     penalty_tokens, penalty_source = _penalty_tokens(rows)
+    seeds = np.array([p.seed for p in params], np.uint64)
     batch = SamplingBatch(
         temperature=np.array([p.temperature for p in params], np.float32),
         top_k=np.array([p.top_k for p in params], np.int32),
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
-        seed=np.array([[p.seed & 0xFFFFFFFF, p.seed >> 32] for p in params], np.uint32),
+        seed=np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=1).astype(np.uint32),
         positions=np.array([row.position for row in rows], np.int32),
         penalty_tokens=penalty_tokens,
         num_logprobs=max(logprobs) if logprobs else None,

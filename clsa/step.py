@@ -7,52 +7,97 @@ from dataclasses import replace
 
 import numpy as np
 
-from clsa.batch import SequenceChunk, pack
+from clsa.batch import lay_out
 from clsa.config import PAGE_SIZE
 from clsa.ops import Queries, RestInputs, Rows, SamplingBatch, StepBatch, StepInputs
 from clsa.request import Request
 from clsa.sampling import SamplingRow, pack_sampling
-from clsa.step_plan import Chunk, StepPlan
+from clsa.step_plan import StepPlan
+
+
+class _PageList:
+    """The pages of a request, and the row of the table that has them."""
+
+    def __init__(self, pages: list[int], row: int) -> None:
+        self.pages, self.count, self.row = pages, 0, row
 
 
 class PageTables:
-    """Page lists as arrays, kept while their requests run: a list of thousands is slow to convert in every step.
+    """Page lists as rows of a table, kept while their requests run: lists are slow to convert in every step.
 
     The scheduler only ever appends to the list of a running request, and makes a new one when it runs again.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[list[int], np.ndarray, int]] = {}  # id -> the list, its array, how much of it
+        self._known: dict[str, _PageList] = {}  # by request id
+        self._table = np.empty((0, 1), np.int32)
+        self._free: list[int] = []
 
-    def of(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """The page ids of each request, int32. Forgets all other requests."""
-        self._known = {request.id: self._extended(request) for request in requests}
-        return [array[:count] for _, array, count in self._known.values()]
+    def of(self, requests: Sequence[Request], needed: np.ndarray) -> np.ndarray:
+        """Page ids [B, M] int32: `needed` [B] of each request, -1 behind them. Forgets all other requests."""
+        if len(self._known) > len(requests):
+            for name in self._known.keys() - {request.id for request in requests}:
+                self._free.append(self._known.pop(name).row)
+        rows = [self._row(request) for request in requests]
+        table = self._table[rows, : needed.max()]
+        table[np.arange(table.shape[1]) >= needed[:, None]] = -1
+        return table
 
-    def _extended(self, request: Request) -> tuple[list[int], np.ndarray, int]:
+    def _row(self, request: Request) -> int:
         pages = request.pages
-        known, array, count = self._known.get(request.id, (None, np.empty(0, np.int32), 0))
-        if known is not pages:
-            array, count = np.empty(0, np.int32), 0
-        if len(pages) > len(array):
-            larger = np.empty(2 * len(pages), np.int32)
-            larger[:count] = array[:count]
-            array = larger
-        array[count : len(pages)] = pages[count:]
-        return pages, array, len(pages)
+        known = self._known.get(request.id)
+        if known is None:
+            if not self._free:
+                self._enlarge(0, max(8, len(self._table)))
+            known = self._known[request.id] = _PageList(pages, self._free.pop())
+        elif known.pages is pages and known.count == len(pages):
+            return known.row
+        if known.pages is not pages:
+            known.pages, known.count = pages, 0
+        if len(pages) > self._table.shape[1]:
+            self._enlarge(1, len(pages))
+        self._table[known.row, known.count : len(pages)] = pages[known.count :]
+        known.count = len(pages)
+        return known.row
+
+    def _enlarge(self, axis: int, by: int) -> None:
+        if axis == 0:
+            self._free += range(len(self._table), len(self._table) + by)
+        self._table = np.pad(self._table, [(0, by if axis == 0 else 0), (0, by if axis == 1 else 0)])
 
 
 def step_inputs(step: StepPlan, window: int, tables: PageTables) -> StepInputs:
     """Args: `window` is the model's sliding window W (any number if it has none)."""
-    pages = tables.of([chunk.request for chunk in step.chunks])
-    batch = pack([_sequence_chunk(chunk, own) for chunk, own in zip(step.chunks, pages, strict=True)], window)
+    requests, *columns, pending = zip(*step.chunks, strict=True)
+    starts, stops, wants = (np.array(column) for column in columns)
+    lengths = stops - starts
+    batch = lay_out(
+        tokens=np.array(_tokens(step), np.int32),
+        starts=starts,
+        lengths=lengths,
+        table=tables.of(requests, -(-stops // PAGE_SIZE)),
+        slots=np.array([request.window_slot for request in requests], np.int32),
+        wanted=(np.cumsum(lengths)[wants] - 1).astype(np.int32),
+        window=window,
+    )
     rows = [
         SamplingRow(chunk.request.params, chunk.stop, _seen(chunk.request), chunk.pending)
         for chunk in step.chunks
         if chunk.wants_logits
     ]
     sampling, penalty_source = pack_sampling(rows) if rows else (None, None)
-    return StepInputs(batch, sampling, _token_source(step, batch), penalty_source)
+    return StepInputs(batch, sampling, _token_source(pending, batch), penalty_source)
+
+
+def _tokens(step: StepPlan) -> list[int]:
+    """All of them; 0 for those that are not read back yet."""
+    tokens: list[int] = []
+    for request, start, stop, _, pending in step.chunks:
+        if pending is not None:
+            tokens.append(0)
+        else:
+            tokens += request.tokens[start:stop]
+    return tokens
 
 
 def _seen(request: Request) -> Sequence[int]:
@@ -169,18 +214,12 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _sequence_chunk(chunk: Chunk, pages: np.ndarray) -> SequenceChunk:
-    request = chunk.request
-    tokens = [0] if chunk.pending is not None else request.tokens[chunk.start : chunk.stop]
-    return SequenceChunk(tokens, chunk.start, pages, request.window_slot, "last" if chunk.wants_logits else "none")
-
-
-def _token_source(step: StepPlan, batch: StepBatch) -> np.ndarray | None:
+def _token_source(pending: Sequence[int | None], batch: StepBatch) -> np.ndarray | None:
     """Where each token comes from; None if all are known."""
-    if all(chunk.pending is None for chunk in step.chunks):
+    if all(row is None for row in pending):
         return None
     source = np.arange(len(batch.tokens), dtype=np.int32)
-    for first, chunk in zip(batch.queries.cu_seqlens, step.chunks, strict=False):
-        if chunk.pending is not None:
-            source[first] = len(source) + chunk.pending
+    for first, row in zip(batch.queries.cu_seqlens, pending, strict=False):
+        if row is not None:
+            source[first] = len(source) + row
     return source

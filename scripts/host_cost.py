@@ -6,7 +6,7 @@ Of a step with prompts only the part up to the prefill exit is eager on a GPU; i
 
 Kernels are compiled for sm_90 and not launched, matrix products are left out, sizes are small: what remains is Python,
 Triton's way to a launch and torch's allocations, for a model of 32 layers. On a GPU the driver's calls come on top.
-Milliseconds of processor time, the lowest of many steps. What follows the exit, and steps without prompts, are recorded there.
+Milliseconds of processor time, the lowest of many steps. Steps without prompts are recorded on a GPU too.
 """
 
 from __future__ import annotations
