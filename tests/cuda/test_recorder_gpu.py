@@ -19,6 +19,7 @@ from clsa_cuda import transfer
 from clsa_cuda.ops import TorchOps
 from clsa_cuda.recorder import Recorder
 from tests.cuda.toy_steps import Run, toy
+from tests.engine import models
 
 CPU = torch.device("cpu")
 PARAMS = [
@@ -91,6 +92,26 @@ def test_the_engine_gets_the_same_tokens(params: clsa.SamplingParams, monkeypatc
     assert tokens("cpu", params) == wanted
     replayed = [r.inputs for recorder in made for r in recorder._graphs.values() if r.graph is not None]
     assert len(replayed) >= 8 and any(isinstance(inputs, RestInputs) for inputs in replayed)
+
+
+def test_rests_with_a_selection_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer that writes a memory reads what an earlier one has selected."""
+
+    def answers() -> list[list[int]]:
+        model = models.folder(layer_types=(models.FULL,) * 4, index_topk_pattern="FSFS")
+        llm = models.load("cuda", model, prefix_cache_bytes=0)
+        params = clsa.SamplingParams(max_tokens=7, ignore_eos=True)  # rests in both turns
+        prompts = [[[7 + i] * 40, list(range(9, 90 + i))] for i in range(8)]
+        return [out.token_ids for pair in prompts for out in llm.generate(pair, params)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchOps, "record", directly)
+        wanted = answers()
+    made = _without_a_gpu(monkeypatch)
+    assert answers() == wanted
+    (recorder,) = made
+    rests = [r for r in recorder._graphs.values() if isinstance(r.inputs, RestInputs)]
+    assert len(rests) == 2 and all(r.graph is not None and r.inputs.rows.selection is not None for r in rests)
 
 
 @pytest.mark.cuda
