@@ -35,10 +35,10 @@ class PageTables:
 
     def of(self, requests: Sequence[Request], needed: np.ndarray) -> np.ndarray:
         """Page ids [B, M] int32: `needed` [B] of each request, -1 behind them. Forgets all other requests."""
+        rows = [self._row(request) for request in requests]
         if len(self._known) > len(requests):
             for name in self._known.keys() - {request.id for request in requests}:
                 self._free.append(self._known.pop(name).row)
-        rows = [self._row(request) for request in requests]
         table = self._table[rows, : needed.max()]
         table[np.arange(table.shape[1]) >= needed[:, None]] = -1
         return table

@@ -84,6 +84,7 @@ def test_plans_as_arrays() -> None:
             plan = running.step()
             inputs = step_inputs(plan, WINDOW, tables)
             assert_same(inputs.batch, packed(plan))
+            assert tables._known.keys() == {chunk.request.id for chunk in plan.chunks}
             wanted = [chunk for chunk in plan.chunks if chunk.wants_logits]
             positions = [] if inputs.sampling is None else inputs.sampling.positions.tolist()
             assert positions == [chunk.stop for chunk in wanted]
