@@ -67,7 +67,8 @@ def test_capacity_counts_what_a_memory_takes() -> None:
 
 @pytest.mark.mlx
 def test_a_backend_without_them_says_so() -> None:
-    assert run("serve", *TINY, *MEMORY, "--backend", "mlx", "--device", "cpu", "--plans", "clsa", "--requests", "2")
+    load = ("--requests", "2", "--input-tokens", "80", "--output-tokens", "20")
+    assert run("serve", *TINY, *MEMORY, *load, "--backend", "mlx", "--device", "cpu", "--plans", "clsa")
     result = CliRunner().invoke(app, ["bench", "ops", *TINY, "--backend", "mlx", "--weight-dtype", "fp8"])
     assert result.exit_code == 1 and "no fp8 weights" in result.stderr
 
