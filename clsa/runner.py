@@ -109,13 +109,15 @@ class Runner:
         ops, recorded = self._ops, self._recorded
         if recorded is not None and _is_decode(inputs):
             return recorded(pad_decode(inputs, self._max_pages), previous, state)
-        parts = pad_rest(inputs, self._max_pages) if recorded is not None and ops.records_rest else None
-        if recorded is None or parts is None:
+        padded = pad_rest(inputs, self._max_pages) if recorded is not None and ops.records_rest else None
+        if recorded is None or padded is None or padded.sampling is None:
             return self._compute(upload(ops, inputs), previous, state)
-        first, rest = parts
-        rows, state = self._enter(upload(ops, first), previous, state)
+        # The queries of the rest stay on the host, where what is recorded wants them.
+        first = upload(ops, StepInputs(replace(padded.batch, logits_queries=None), None, padded.token_source, None))
+        batch = replace(first.batch, logits_queries=padded.batch.logits_queries)
+        rows, state = self._enter(replace(first, batch=batch), previous, state)
         assert rows is not None
-        return recorded(replace(rest, rows=replace(rows, queries=rest.rows.queries)), previous, state)
+        return recorded(RestInputs(rows, padded.sampling, padded.penalty_source), previous, state)
 
     def _compute(
         self, inputs: StepInputs | RestInputs, previous: Array | None, state: State

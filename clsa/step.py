@@ -9,7 +9,7 @@ import numpy as np
 
 from clsa.batch import lay_out
 from clsa.config import PAGE_SIZE
-from clsa.ops import Queries, RestInputs, Rows, SamplingBatch, StepBatch, StepInputs
+from clsa.ops import Queries, SamplingBatch, StepBatch, StepInputs
 from clsa.request import Request
 from clsa.sampling import SamplingRow, pack_sampling
 from clsa.step_plan import StepPlan
@@ -48,22 +48,21 @@ class PageTables:
         known = self._known.get(request.id)
         if known is None:
             if not self._free:
-                self._enlarge(0, max(8, len(self._table)))
+                self._enlarge(rows=max(8, len(self._table)))
             known = self._known[request.id] = _PageList(pages, self._free.pop())
         elif known.pages is pages and known.count == len(pages):
             return known.row
         if known.pages is not pages:
             known.pages, known.count = pages, 0
         if len(pages) > self._table.shape[1]:
-            self._enlarge(1, len(pages))
+            self._enlarge(columns=len(pages))
         self._table[known.row, known.count : len(pages)] = pages[known.count :]
         known.count = len(pages)
         return known.row
 
-    def _enlarge(self, axis: int, by: int) -> None:
-        if axis == 0:
-            self._free += range(len(self._table), len(self._table) + by)
-        self._table = np.pad(self._table, [(0, by if axis == 0 else 0), (0, by if axis == 1 else 0)])
+    def _enlarge(self, rows: int = 0, columns: int = 0) -> None:
+        self._free += range(len(self._table), len(self._table) + rows)
+        self._table = np.pad(self._table, [(0, rows), (0, columns)])
 
 
 def step_inputs(step: StepPlan, window: int, tables: PageTables) -> StepInputs:
@@ -130,30 +129,23 @@ def pad_decode(inputs: StepInputs, max_pages: int) -> StepInputs:
     )
 
 
-def pad_rest(inputs: StepInputs, max_pages: int) -> tuple[StepInputs, RestInputs] | None:
-    """A step with prompts in two parts: up to the prefill exit, and from there on, padded as a decode step is.
+def pad_rest(inputs: StepInputs, max_pages: int) -> StepInputs | None:
+    """The same step with what follows the prefill exit padded, as `pad_decode` pads a decode step.
 
-    The device gives the second part its rows, one of each sequence that wants logits; padded ones repeat the first.
-    None if nothing leaves the first part, or more than one row of a sequence does.
+    Its `logits_queries` are then those of a decode step, one of each sequence that wants logits; padded rows repeat the
+    first. None if no row is left behind the exit, or more than one of a sequence.
     """
     batch = inputs.batch
-    queries, num_rows = batch.logits_queries, 0 if batch.logits_rows is None else len(batch.logits_rows)
-    if num_rows == 0 or queries is None or len(np.unique(queries.sequence)) < num_rows:
+    rows, queries = batch.logits_rows, batch.logits_queries
+    if rows is None or queries is None or not 0 < len(rows) == len(np.unique(queries.sequence)):
         return None
     leaving = queries.sequence
-    alone = replace(
-        queries,
-        sequence=np.arange(num_rows, dtype=np.int32),
-        block_table=queries.block_table[leaving],
-        window_slots=queries.window_slots[leaving],
-    )
+    alone = replace(queries, block_table=queries.block_table[leaving], window_slots=queries.window_slots[leaving])
     padded = _pad_queries(alone, max_pages)
-    rows = len(padded.positions)
-    sampling, penalty_source = _pad_sampling(inputs, rows)
-    assert sampling is not None and batch.logits_rows is not None
-    first = replace(batch, logits_rows=_pad(batch.logits_rows, rows, batch.logits_rows[0]), logits_queries=padded)
-    rest = RestInputs(Rows(None, padded, None), sampling, penalty_source)
-    return StepInputs(first, None, inputs.token_source, None), rest
+    num_rows = len(padded.positions)
+    sampling, penalty_source = _pad_sampling(inputs, num_rows)
+    batch = replace(batch, logits_rows=_pad(rows, num_rows, rows[0]), logits_queries=padded)
+    return StepInputs(batch, sampling, inputs.token_source, penalty_source)
 
 
 def _pad_queries(queries: Queries, max_pages: int) -> Queries:

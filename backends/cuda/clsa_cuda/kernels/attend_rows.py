@@ -29,7 +29,7 @@ class Arrival:
 def merged(splits: int, heads: int, head_dim: int) -> int:
     """How many splits the last program reads at once: each round is a trip to L2, and what is read are registers.
 
-    A query that fills the device alone has 33 splits on an H200: two rounds. Each value is a kernel more to compile.
+    A query that fills the device alone has 33 splits on an H200: one round. Each value is a kernel more to compile.
     """
     most = 33 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
     return next((n for n in (2, 8, 17) if splits <= n <= most), most)
