@@ -6,7 +6,8 @@ Of a step with prompts only the part up to the prefill exit is eager on a GPU; i
 
 Kernels are compiled for sm_90 and not launched, matrix products are left out, sizes are small: what remains is Python,
 Triton's way to a launch and torch's allocations, for a model of 32 layers. On a GPU the driver's calls come on top.
-Milliseconds of processor time, the lowest of many steps. Steps without prompts are recorded on a GPU too.
+Milliseconds of processor time, the lowest of many steps. Steps without prompts are recorded on a GPU too: what such a
+step leaves to the host is shown last, of an engine in which many sequences answer.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from triton.runtime import driver
 
 import clsa_cuda.kernels
 from clsa.batch import SequenceChunk, pack, upload
+from clsa.bench.engine import checked_step, make_engine, random_prompts
 from clsa.config import PAGE_SIZE, SamplingParams
+from clsa.engine import Engine
 from clsa.model import enter, leave, new_state
-from clsa.ops import StepInputs
+from clsa.ops import Sampled, State, StepInputs
 from clsa.params import nest, tensor_shapes
 from clsa.plan import make_plan
 from clsa.sampling import SamplingRow, pack_sampling
@@ -109,6 +112,25 @@ class Steps:
         if whole and rows is not None and here.sampling is not None:
             self.ops.sample(leave(self.ops, self.params, self.plan, rows, self.state), here.sampling)
 
+    def engine(self, sequences: int) -> Engine:
+        """In the middle of answers, with steps that are recorded as far as the host can tell."""
+
+        def recorded(inputs: Any, previous: Any, state: State) -> tuple[Sampled | None, State]:
+            return Sampled(torch.zeros(len(inputs.sampling.seed), dtype=torch.int32), None, None, None), state
+
+        record, self.ops.record = self.ops.record, lambda compute: recorded  # type: ignore[method-assign]
+        config, pages = replace(self.config, max_position_embeddings=CONTEXT), sequences * -(-CONTEXT // PAGE_SIZE)
+        engine = make_engine(
+            self.ops, self.params, config, "bfloat16", pages=pages, slots=sequences, tokens_per_step=8192
+        )
+        self.ops.record = record  # type: ignore[method-assign]
+        for prompt in random_prompts(sequences, PROMPT):
+            params = SamplingParams(max_tokens=CONTEXT - PROMPT, ignore_eos=True)
+            engine.add(engine.make_request(prompt, params), in_pieces=False)
+        for _ in range(40):
+            checked_step(engine)
+        return engine
+
 
 def milliseconds(run: Any, repeats: int = 60) -> float:
     times = []
@@ -141,6 +163,10 @@ def main() -> None:
                 for _ in range(20):
                     steps.run(inputs)
             pstats.Stats(profile).sort_stats("tottime").print_stats(args.profile)
+    for sequences in (32, 256):
+        engine = steps.engine(sequences)
+        lowest = milliseconds(lambda engine=engine: checked_step(engine), 200)
+        print(f"recorded, {sequences:3d} sequences {lowest:6.2f} ms", flush=True)
 
 
 if __name__ == "__main__":
