@@ -1,6 +1,6 @@
 """The kernel tests on an NVIDIA GPU under compute-sanitizer: reads and writes out of bounds, races, barriers.
 
-    PYTHONPATH=.:backends/mlx:backends/cuda:cli python3 scripts/gpu_sanitize.py --out sanitize.json [--seconds 240]
+    PYTHONPATH=.:backends/mlx:backends/cuda:cli python3 scripts/gpu_sanitize.py --out sanitize.json [--tests float8]
 
 Run the tests without it first (`pytest tests/cuda`): then the kernels are compiled, and what is wrong is wrong by the
 tool's account alone. Memory is taken from the driver tensor by tensor, so that the next tensor does not hide an
@@ -74,13 +74,18 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="a folder; by default beside --out")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--tests", default="", help="only of these kernels, with commas; other rows of --out stay")
     args = parser.parse_args()
     logs = args.logs or args.out.with_suffix(".logs")
     logs.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     deadline = time.monotonic() + args.seconds
+    chosen = args.tests.split(",") if args.tests else [*BY_DTYPE, *WHOLE]
     with ThreadPoolExecutor(args.workers) as pool:
-        rows = list(pool.map(lambda job: run(job, logs, deadline), jobs()))
+        rows = list(pool.map(lambda job: run(job, logs, deadline), (job for job in jobs() if job[1] in chosen)))
+    if args.tests and args.out.exists():
+        before = json.loads(args.out.read_text())["rows"]
+        rows += [row for row in before if row["tests"] not in chosen]
     import torch
 
     args.out.write_text(

@@ -191,9 +191,7 @@ def dense_calls(batch: int, how: str, tiles: Any = None) -> Callable[[Data], lis
         q = data.normal(batch, H, D)
         if how == "kernel":
             steps = [data.queries(batch, first=first) for first in data.sets(batch)]
-            calls = [
-                partial(dense_attention.dense_attention, q, data.memory, step, tiles, fresh=False) for step in steps
-            ]
+            calls = [partial(dense_attention.dense_attention, q, data.memory, step, tiles) for step in steps]
         else:
             kv = [x.view(-1, CONTEXT, G, D).transpose(1, 2).split(batch) for x in (data.memory.k, data.memory.v)]
             sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)

@@ -31,7 +31,6 @@ from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import (
     attend,
     attend_float8,
-    attend_rows,
     causal_prefill,
     gather_attention,
     linear,
@@ -44,6 +43,7 @@ from clsa_cuda.kernels import (
 from clsa_cuda.kernels import pick as picking
 from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.launch import jit_function
+from clsa_cuda.kernels.merge import merged
 from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.product import product_tiles
 from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring_tiles
@@ -192,7 +192,7 @@ def attention(
         "SOURCE": source,
         "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
         "STAGES": tiles.num_stages,
-        "MERGED": attend_rows.merged(tiles.splits, repeat, head_dim),
+        "MERGED": merged(tiles.splits, 4 * batch, repeat, head_dim, tiles.num_warps, H200.sm_count),
         "OVERLAP": True,
     }
     return jit_function(attend._attend_kernel), types, constants, {"num_warps": tiles.num_warps}

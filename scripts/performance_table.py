@@ -30,12 +30,13 @@ What a step loses, and where: it is a chain of {launches} launches that need eac
 batch 1 where its {layer_mb:.0f} MB would take {layer_floor:.0f}, and {many:.0f} us at batch 32, where it reads {many_floor:.0f} us of weights and windows. Each product has two
 trips through L2 between the end of the one in front and its own sums, a third where K is split, and at batch 32 every program reads its part of
 the rows of x again (what that costs: docs/log.md, 2026-11-28). What would be needed at batch 32: x read once for several multiprocessors (multicast in clusters, which
-Triton 3.6 does not offer), and an attention over windows that fills its memory as the products do. Dense attention at batch 1 is bound by
-what a multiprocessor has on its way: {dense:.0%} of the floor.
+Triton 3.6 does not offer), and an attention over windows that fills its memory as the products do. Dense attention at batch 1 reads at {dense:.0%} of
+the ceiling; the rest is its start, where a page table stands between a position and the first key, and its merge of 33 results.
 
 One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read.
 Not run again since the last changes, which are to steps of 64 sequences and more, to selections that are not full, to launches that are not recorded and to selections of whole
-chunks (docs/log.md): prefill of 64 prompts, the long runs, warm start, KD loss, and of the first two `clsa bench ops`.
+chunks (docs/log.md): prefill of 64 prompts, the long runs, warm start and KD loss. Nor since the very last, which are to dense attention and to how results of several programs
+are merged: `clsa bench paper`, `capacity`, serving and short prompts.
 """
 
 

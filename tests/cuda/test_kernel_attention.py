@@ -14,6 +14,7 @@ from clsa.errors import BackendError
 from clsa.ops import Ops, Selection
 from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.gather_attention import compact_attention, compact_rows, gather_attention
+from clsa_cuda.kernels.merge import merged
 from clsa_cuda.kernels.sliding_attention import attend_window, sliding_attention
 from clsa_cuda.kernels.tiles import MAX_SPLITS, AttentionTiles, Limits, attention_tiles
 from tests.ops.cases import (
@@ -272,15 +273,28 @@ def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
         assert chosen.splits == 1 or num_queries * 4 <= 1 << 16
 
 
+def test_what_is_merged_at_once_fits_the_registers() -> None:
+    """Of a multiprocessor's 65,536 those of one program, and a quarter of them where several share it."""
+    assert merged(33, 4, 5, 128, 8, 132) == 33
+    assert merged(33, 5, 5, 128, 8, 132) == 8 and merged(33, 4, 5, 128, 4, 132) == 8
+    for splits, pairs, heads, head_dim, warps in itertools.product(
+        (1, 2, 3, 9, 33, 64), (1, 4, 64), (1, 5, 16, 64), (64, 80, 256), (4, 8)
+    ):
+        at_once = merged(splits, pairs, heads, head_dim, warps, 132)
+        padded = (1 << (heads - 1).bit_length()) * (1 << (head_dim - 1).bit_length())
+        assert at_once == 1 or at_once * padded <= (132 if pairs * splits <= 132 else 34) * 32 * warps
+
+
 @pytest.mark.parametrize("max_keys", [2048, 1 << 17])
 def test_programs_find_a_place_at_once(max_keys: int) -> None:
-    """As many as the registers of a multiprocessor allow, or they pile up on the first that is free."""
+    """As many as the registers, or the shared memory, of a multiprocessor allow, or they pile up."""
     for num_queries in range(1, 66):
         t = attention_tiles(num_queries, 4, max_keys, 128, 2, Limits(132, 227 << 10))
-        deep = t.num_stages >= 5 and not t.last  # so much is on its way that a multiprocessor has room for one
-        places = 132 * (1 if deep else {128: 1 if t.last else 2, 64: 2 if t.last else 4, 32: 3}[t.block_n])
-        blocks = (t.num_stages + 1) // 2
-        assert not deep or 2 * blocks * t.block_n * 512 > 228 << 10, "two of them would take one multiprocessor"
+        if max_keys == 2048:
+            places = 132 * {128: 1 if t.last else 2, 64: 2 if t.last else 4}[t.block_n]
+        else:  # half of the stages hold page numbers
+            buffers = ((t.num_stages - 1) // 2) * t.block_n * 512
+            places = 132 * ((228 << 10) // (buffers + (6 << 10)))
         programs = num_queries * 4 * t.splits
         assert programs <= places or t.splits == 1
         assert programs >= 0.67 * places or t.block_n == 128, (num_queries, t)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clsa import spec
-from clsa.ops import Ops
+from clsa.ops import Ops, Selection
 from clsa_cuda.kernels.ops import KernelOps
 from tests.cuda.conftest import DEVICE
 from tests.ops.cases import STEPS, Chunk, filled_memory, filled_window, host, layout, normal
@@ -73,13 +73,14 @@ def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
     from clsa_cuda.kernels import ops as module
 
     fresh: list[bool] = []
-    monkeypatch.setattr(module, "dense_attention", lambda *args, **kwargs: fresh.append(kwargs["fresh"]))
+    monkeypatch.setattr(module, "gather_attention", lambda *args, **kwargs: fresh.append(kwargs["fresh"]))
     ops: Any = KernelOps(DEVICE)
     step = layout(np.random.default_rng(0), [Chunk(70, 1)])
-    queries, x = step.queries(ops), ops.asarray(np.ones((1, 8), np.float32))
+    x = ops.asarray(np.ones((1, 8), np.float32))
     weight, rows = ops.asarray(np.ones((8, 8), np.float32)), ops.asarray(np.zeros(1, np.int32))
     zeros = np.zeros((step.num_rows, 1, 8), np.float32)
     memory = filled_memory(ops, zeros, zeros, None, "float32")
+    selection = Selection(rows[:, None], rows[:, None], rows + 1)
     makers: dict[str, Any] = {
         "norm_linears": lambda: ops.norm_linears(x, weight[0], 1e-6, (weight,)),
         "norm_rope": lambda: ops.norm_rope(x[:, None], weight[0], 1e-6, rows, 1e4),
@@ -90,9 +91,9 @@ def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
     for first, second in itertools.product(("write_memory", "norm_linears"), makers):
         makers[first]()
         makers[second]()
-        ops.dense_attention(x[:, None], memory, queries)
+        ops.gather_attention(x[:, None], memory, selection)
         if second == "attention":
-            ops.dense_attention(x[:, None], memory, queries)
+            ops.gather_attention(x[:, None], memory, selection)
     assert fresh == [False, False, True, True, True, True, False, False, True, True, False, True]
 
 

@@ -15,46 +15,8 @@ import triton.language as tl
 from clsa_cuda.kernels.float8 import widened
 from clsa_cuda.kernels.fused import sine_and_cosine
 from clsa_cuda.kernels.launch import launcher
+from clsa_cuda.kernels.merge import merge_splits
 from clsa_cuda.kernels.overlap import wait
-
-
-@triton.jit
-def merge_splits(
-    partial,  # of the first of the rows
-    sums,
-    out,
-    splits,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,  # so many splits' loads in flight
-):
-    """Write the heads of one tile from the results of all splits, in their order."""
-    BLOCK_H: tl.constexpr = triton.next_power_of_2(HEADS)
-    h = tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_D)
-    there = h < HEADS
-    mask = there[:, None] & (d < D)[None, :]
-    tile = h[:, None] * splits * D + d[None, :]
-    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    for start in range(0, splits, UNROLL):
-        for j in tl.static_range(UNROLL):
-            i = start + j
-            # .cg: from L2, where the other programs' stores are.
-            live = there & (i < splits)
-            share = tl.load(sums + h * splits + i, mask=live, other=float("-inf"), cache_modifier=".cg")
-            part = tl.load(partial + tile + i * D, mask=mask & (i < splits), other=0.0, cache_modifier=".cg")
-            new_highest = tl.maximum(highest, share)
-            reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
-            keep = tl.exp2(highest - reference)
-            weight = tl.exp2(share - reference)
-            acc = acc * keep[:, None] + part * weight[:, None]
-            total = total * keep + weight
-            highest = new_highest
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + h[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -194,6 +156,8 @@ def _attend_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program (t * KV_HEADS + g, split): see above."""
+    # A loop over many blocks has two on their way before a first one in front of it would have arrived.
+    AHEAD: tl.constexpr = SOURCE != "pages"
     if FRESH:
         wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // KV_HEADS
@@ -225,8 +189,10 @@ def _attend_kernel(
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
     row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
     seen_first = seen & (first < stop)
-    k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
-    v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    k_first, v_first = 0.0, 0.0
+    if AHEAD:
+        k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+        v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     if SOURCE == "list":  # not before: the first keys need not wait for it
         stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     q_weights, q_partners, k_weights, k_partners, sine, cosine = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -266,10 +232,10 @@ def _attend_kernel(
             total = tl.full([BLOCK_H], 1.0, tl.float32)
             acc += mine_v.to(tl.float32)
 
-    if not LAST:
+    if AHEAD and not LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
         acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
-    for block in tl.range(first + 1, stop, num_stages=STAGES):
+    for block in tl.range(first + AHEAD, stop, num_stages=STAGES):
         row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
@@ -277,7 +243,7 @@ def _attend_kernel(
         k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
         acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :], scale, acc, total, highest)
-    if LAST:
+    if AHEAD and LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
         acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
 

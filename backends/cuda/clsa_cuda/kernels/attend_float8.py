@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clsa_cuda.kernels.attend import merge_splits, rows_of_block, share
+from clsa_cuda.kernels.attend import rows_of_block, share
 from clsa_cuda.kernels.launch import launcher
+from clsa_cuda.kernels.merge import merge_splits
 from clsa_cuda.kernels.overlap import wait
 
 
@@ -108,6 +109,7 @@ def _attend_float8_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program (t * KV_HEADS + g, split): the query heads of a KV head, over a share of the keys."""
+    AHEAD: tl.constexpr = SOURCE != "pages"  # as in `attend`
     if FRESH:
         wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // KV_HEADS
@@ -135,8 +137,10 @@ def _attend_float8_kernel(
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
     row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
     seen &= first < stop
-    k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
-    v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
+    k_first, v_first = 0, 0
+    if AHEAD:
+        k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
+        v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
     if SOURCE == "list":  # not before: the first keys need not wait for it
         stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     if not FRESH:
@@ -156,10 +160,11 @@ def _attend_float8_kernel(
     odd = tl.zeros([BLOCK_H, WORDS], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    even, odd, total, highest = _attend_to(
-        q_even, q_odd, k_first, v_first, seen[None, :], power, even, odd, total, highest, NATIVE
-    )
-    for block in tl.range(first + 1, stop, num_stages=STAGES):
+    if AHEAD:
+        even, odd, total, highest = _attend_to(
+            q_even, q_odd, k_first, v_first, seen[None, :], power, even, odd, total, highest, NATIVE
+        )
+    for block in tl.range(first + AHEAD, stop, num_stages=STAGES):
         row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:

@@ -12,6 +12,7 @@ from clsa.errors import BackendError
 from clsa.ops import HeadNorms
 from clsa_cuda.kernels.attend import _attend_kernel
 from clsa_cuda.kernels.attend_float8 import _attend_float8_kernel
+from clsa_cuda.kernels.merge import merged
 from clsa_cuda.kernels.overlap import MAX_ARRIVALS, arrival_counters
 from clsa_cuda.kernels.tiles import AttentionTiles, launch_options, limits, next_power_of_2
 from clsa_cuda.plain import FLOAT8
@@ -24,15 +25,6 @@ class Arrival:
     norms: HeadNorms
     frequencies: Tensor  # [D / 2] float32
     mapping: Tensor  # [T] int32 row of the ring, -1: nowhere
-
-
-def merged(splits: int, heads: int, head_dim: int) -> int:
-    """How many splits the last program reads at once: each round is a trip to L2, and what is read are registers.
-
-    A query that fills the device alone has 33 splits on an H200: one round. Each value is a kernel more to compile.
-    """
-    most = 33 if next_power_of_2(heads) * next_power_of_2(head_dim) <= 1024 else 4
-    return next((n for n in (2, 8, 17) if splits <= n <= most), most)
 
 
 def attend_rows(
@@ -82,7 +74,7 @@ def attend_rows(
         "SIZE": size,
         "STAGES": tiles.num_stages,
         "FRESH": fresh,
-        "MERGED": merged(splits, repeat, head_dim),
+        "MERGED": merged(splits, pairs, repeat, head_dim, tiles.num_warps, device.sm_count),
         "OVERLAP": device.early_launch,
         "num_warps": tiles.num_warps,
         **launch_options(device),

@@ -91,7 +91,8 @@ class KernelOps(TorchOps):
     def dense_attention(self, q: Tensor, memory: Memory, queries: Queries) -> Tensor:
         if asks_many(queries):
             return causal_prefill(q, memory, queries)
-        return dense_attention(q, memory, queries, fresh=self._left_fresh())
+        self._settled = False
+        return dense_attention(q, memory, queries)
 
     def sliding_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window, queries: Queries) -> Tensor:
         if not queries.one_each:

@@ -13,6 +13,8 @@ from clsa.errors import BackendError
 
 MAX_SELECTED = 8192  # of `select`: counts in a scan share 32 bits
 MAX_SPLITS = 64  # of an attention: one program merges so many results
+_BESIDE_BUFFERS = 8 << 10  # bytes of shared memory of an attention, at most, for queries and weights
+_MAX_BUFFERS = 6
 _SEARCH_TILE = 16384  # maxima that a program searches at once: 32 in each thread of 16 warps
 _LIST_TILE = 8192  # tokens that a program goes through at once
 _MAX_PICK_SPLITS = 32  # programs of a query
@@ -152,20 +154,21 @@ def attention_tiles(
 ) -> AttentionTiles:
     """Programs that fill the multiprocessors at once, each with a few blocks of keys on their way.
 
-    Measured on an H200 (docs/log.md). The registers decide how many programs a multiprocessor takes: of blocks of 128
-    one, or two if the first keys do not wait, of 64 two, of 32 three. There should be as many of them as fit: programs
-    that start while the kernel in front still ends pile up where it ends first.
+    Measured on an H200 (docs/log.md). There should be as many of them as fit: programs that start while the kernel in
+    front still ends pile up where it ends first. Where all of a context is read, the shared memory decides how many a
+    multiprocessor takes, elsewhere the registers: of blocks of 128 one, or two if the first keys do not wait, of 64
+    two, of 32 three.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
     window = max_keys <= 1024
-    room = device.shared_memory * 3 // 5
+    room = _room(device)
     if window:
         shape = _of_window(pairs, device.sm_count)
     elif pairs * (max_keys // 128) <= device.sm_count:
         shape = _Shape(128, max_keys // 128, 0, True)  # a block each
     elif max_keys > 2 * MAX_SELECTED:
-        shape = _of_context(pairs, row_bytes, device.sm_count, room)
+        shape = _of_context(pairs, row_bytes, device)
     else:
         shape = _of_selection(pairs, max_keys, row_bytes, device.sm_count)
     first = shape.buffers == 0 or shape.last  # the block that is read first counts as a buffer
@@ -186,6 +189,11 @@ def attention_tiles(
     )
 
 
+def _room(device: Limits) -> int:
+    """Bytes of shared memory for the blocks on their way of a program."""
+    return device.shared_memory * 3 // 5
+
+
 def _of_window(pairs: int, sm_count: int) -> _Shape:
     if pairs > 3 * sm_count:  # many small programs hide what each of them waits for
         return _Shape(32, 1, 3, last=False)
@@ -197,14 +205,24 @@ def _of_window(pairs: int, sm_count: int) -> _Shape:
     return _Shape(128, splits, 1, last=True)
 
 
-def _of_context(pairs: int, row_bytes: int, sm_count: int, room: int) -> _Shape:
-    alone = sm_count // pairs  # splits if a multiprocessor takes one program
-    if 4 <= alone <= MAX_SPLITS and 16 * alone * pairs >= 15 * sm_count and 256 * row_bytes <= room:
-        return _Shape(128, alone, 2, last=False)  # so much shared memory that no two of them share a multiprocessor
-    two, three = (min(MAX_SPLITS, n * sm_count // pairs) for n in (2, 3))
-    if 2 * three >= 3 * two:  # fills its places as well
-        return _Shape(32, three, 2, last=True)
-    return _Shape(64, two, 2, last=True)
+def _of_context(pairs: int, row_bytes: int, device: Limits) -> _Shape:
+    """One program a multiprocessor where that fills them, or two, or three: with so much on its way that no more fit.
+
+    That is a block more than there are programs, and blocks are as large as they can be then.
+    """
+    alone, two, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (1, 2, 3))
+    if 16 * alone * pairs >= 15 * device.sm_count:
+        programs, splits = 1, alone
+    elif 2 * three >= 3 * two:  # fills its places as well
+        programs, splits = 3, three
+    else:
+        programs, splits = 2, two
+    room = min(_room(device), device.shared_memory // programs - _BESIDE_BUFFERS)
+    block_n = 128
+    while block_n > 32 and (programs + 1) * block_n * row_bytes > room:
+        block_n //= 2
+    buffers = min(_MAX_BUFFERS, max(1, room // (block_n * row_bytes)))
+    return _Shape(block_n, splits, buffers, last=False, warps=8 if programs == 1 else 4)
 
 
 def _of_selection(pairs: int, max_keys: int, row_bytes: int, sm_count: int) -> _Shape:
