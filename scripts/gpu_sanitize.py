@@ -76,11 +76,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--tests", default="", help="only of these kernels, with commas; other rows of --out stay")
     args = parser.parse_args()
+    chosen = args.tests.split(",") if args.tests else [*BY_DTYPE, *WHOLE]
+    if unknown := set(chosen) - {*BY_DTYPE, *WHOLE}:
+        parser.error(f"--tests takes {', '.join((*BY_DTYPE, *WHOLE))}; got {', '.join(sorted(unknown))}")
     logs = args.logs or args.out.with_suffix(".logs")
     logs.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     deadline = time.monotonic() + args.seconds
-    chosen = args.tests.split(",") if args.tests else [*BY_DTYPE, *WHOLE]
     with ThreadPoolExecutor(args.workers) as pool:
         rows = list(pool.map(lambda job: run(job, logs, deadline), (job for job in jobs() if job[1] in chosen)))
     if args.tests and args.out.exists():

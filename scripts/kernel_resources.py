@@ -163,10 +163,11 @@ def pick(batch: int, context: int, k: int) -> tuple[Any, dict[str, str], dict[st
 
 
 def attention(
-    source: str, dtype: str, head_dim: int, repeat: int, batch: int
+    source: str, dtype: str, head_dim: int, repeat: int, batch: int, itemsize: int = 0
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """`itemsize` for the tiles; 0: that of `dtype`."""
     max_keys = {"pages": 1 << 17, "ring": 512}.get(source, 2048)
-    tiles = attention_tiles(batch, 4, max_keys, head_dim, getattr(torch, dtype).itemsize, H200)
+    tiles = attention_tiles(batch, 4, max_keys, head_dim, itemsize or getattr(torch, dtype).itemsize, H200)
     types = dict.fromkeys(("q", "k", "v", "own_k", "own_v", "out"), TYPES[dtype])
     types |= dict.fromkeys(("rows", "lengths", "sequence", "arrived"), "*i32")
     types |= dict.fromkeys(("partial", "sums"), "*fp32")
@@ -199,7 +200,7 @@ def attention(
 
 
 def attention_float8(source: str, batch: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    _, types, constants, options = attention(source, "bfloat16", 128, 5, batch)
+    _, types, constants, options = attention(source, "bfloat16", 128, 5, batch, itemsize=1 if source == "pages" else 0)
     kernel = jit_function(attend_float8._attend_float8_kernel)
     constants |= {"KV_HEADS": 4, "NATIVE": True}
     types, constants = ({n: v for n, v in found.items() if n in kernel.arg_names} for found in (types, constants))

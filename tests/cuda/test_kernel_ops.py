@@ -86,6 +86,7 @@ def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
         "norm_rope": lambda: ops.norm_rope(x[:, None], weight[0], 1e-6, rows, 1e4),
         "write_memory": lambda: ops.write_memory(memory, x[:, None], x[:, None], None, rows - 1),
         "embed": lambda: ops.embed(weight, rows),
+        "dense_attention": lambda: ops.dense_attention(x[:, None], memory, step.queries(ops)),
         "attention": lambda: None,
     }
     for first, second in itertools.product(("write_memory", "norm_linears"), makers):
@@ -94,7 +95,7 @@ def test_what_may_be_new_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
         ops.gather_attention(x[:, None], memory, selection)
         if second == "attention":
             ops.gather_attention(x[:, None], memory, selection)
-    assert fresh == [False, False, True, True, True, True, False, False, True, True, False, True]
+    assert fresh == [*[False] * 2, *[True] * 5, *[False] * 2, *[True] * 3, False, True]
 
 
 def test_a_large_selection(kernel_ops: Ops) -> None:

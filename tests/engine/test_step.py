@@ -1,4 +1,4 @@
-"""Step plans as arrays: the same as packing their chunks one by one, whatever happened to the page lists before."""
+"""Step plans as arrays: the same as packing their chunks one by one; and how they are padded: few sizes, little waste."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from clsa.batch import SequenceChunk, pack
 from clsa.config import PAGE_SIZE, SamplingParams
 from clsa.request import Request
-from clsa.step import PageTables, step_inputs
+from clsa.step import PageTables, bucket, step_inputs
 from clsa.step_plan import Chunk, StepPlan
 
 WINDOW = 16
@@ -77,7 +77,16 @@ def assert_same(got: object, want: object) -> None:
         assert got == want
 
 
+def test_buckets_of_rows() -> None:
+    sizes = {rows: bucket(rows) for rows in range(1, 4097)}
+    assert all(size >= rows and bucket(size) == size for rows, size in sizes.items())
+    assert all(size - rows < 0.2 * size for rows, size in sizes.items() if rows > 32)
+    assert [sizes[rows] for rows in (1, 3, 32, 33, 64, 358)] == [1, 4, 32, 40, 64, 384]
+    assert len(set(sizes.values())) <= 40, "each size is recorded once for every size of page table"
+
+
 def test_plans_as_arrays() -> None:
+    """Whatever happened to the page lists before."""
     for seed in range(6):
         running, tables = Running(seed), PageTables()
         for _ in range(60):

@@ -43,7 +43,7 @@ def attend_rows(
     """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D].
 
     `fresh` False promises that the launch in front made q and `own` at most and waited for whatever made the rest. Then
-    the first keys are read before that launch has ended.
+    the first keys are read before that launch has ended. Of "pages" only the page table ever is.
     """
     num_queries, num_heads, head_dim = q.shape
     out = torch.empty(num_queries, num_heads, head_dim, dtype=q.dtype, device=q.device)

@@ -18,5 +18,5 @@ def dense_attention(q: Tensor, memory: Memory, queries: Queries, tiles: Attentio
     tiles = tiles or attention_tiles(num_queries, kv_heads, max_keys, head_dim, itemsize, limits(q.device))
     kv = (memory.k, memory.v)
     table, positions = queries.block_table, queries.positions
-    # Only the page table is read ahead, and no kernel makes that.
+    # Not fresh, whoever made the keys: only positions and the page table are read ahead, and no kernel makes those.
     return attend_rows("pages", PAGE_SIZE, q, kv, None, table, positions, queries.sequence, tiles, fresh=False)
