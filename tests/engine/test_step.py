@@ -1,4 +1,4 @@
-"""Step plans as arrays: the same as packing their chunks one by one; and how they are padded: few sizes, little waste."""
+"""Step plans as arrays, the same as packing their chunks one by one; and how they are padded: to few sizes."""
 
 from __future__ import annotations
 
