@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import clsa
+from clsa.bench.report import provenance
 from clsa.evaluate.held_out import Windows, cut_windows
 from clsa.params import state_bytes_per_token
 from clsa.train.data import load_split
@@ -84,7 +85,7 @@ def main() -> None:
             flush=True,
         )
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    result = {**settings, "windows": len(windows), "rows": rows}
+    result = provenance() | {**settings, "windows": len(windows), "rows": rows}
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

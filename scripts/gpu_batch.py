@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from gpu_long import PLAN, Row, Run  # type: ignore[import-not-found]
 
 from clsa.bench.engine import checked_step, random_prompts
-from clsa.bench.report import commit, machine, versions
+from clsa.bench.report import machine, provenance
 from clsa.config import SamplingParams
 from clsa.engine import Engine
 
@@ -81,8 +80,8 @@ def main() -> None:
     run = Run(args)
     usual = run.ops.step_size
     cases = args.cases or f"{usual.max_num_seqs}x{usual.max_tokens_per_step}"
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "commit": commit(), "machine": machine(run.ops)}
-    result |= {"sizes": args.sizes, "versions": versions(), "requests": args.requests, "prompt": args.prompt}
+    result: dict[str, Any] = provenance() | {"machine": machine(run.ops)}
+    result |= {"sizes": args.sizes, "requests": args.requests, "prompt": args.prompt}
     result |= {"answer": args.answer, "rows": []}
     for sizes in cases.split(","):
         together, tokens_per_step = map(int, sizes.split("x"))

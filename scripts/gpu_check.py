@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from clsa.bench.report import provenance
+
 CHECKS = ("write", "select", "select_special", "gather", "dense", "sliding")
 COMPILERS = 9  # processes that compile what will be timed, while the checks run
 
@@ -73,7 +75,7 @@ def parent(args: argparse.Namespace) -> int:
     report(checks, failed, times, f"{end}: {tail(folder / 'time.log')}" if end else "")
     print(f"checks {checked:.0f} s, all {time.monotonic() - begin:.0f} s; not timed: {', '.join(bad) or 'none'}")
     if args.out:
-        Path(args.out).write_text(json.dumps({"checks": checks, "timing_end": end, **times}, indent=1))
+        Path(args.out).write_text(json.dumps({**provenance(), "checks": checks, "timing_end": end, **times}, indent=1))
     return 1 if failed or end or any("error" in row for row in times.get("rows", [])) else 0
 
 

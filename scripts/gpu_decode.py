@@ -20,6 +20,7 @@ import torch
 
 import clsa_cuda
 from clsa.batch import SequenceChunk, pack
+from clsa.bench.report import provenance
 from clsa.config import FP8, PAGE_SIZE, MemoryDtypes, ModelConfig, SamplingParams
 from clsa.model import forward, new_state
 from clsa.ops import Sampled, State, StepInputs
@@ -174,7 +175,8 @@ def main() -> None:
     parser.add_argument("--fp8", default="", help='what is held in 8 bits, cases with commas: ",weights,weights+kv"')
     args = parser.parse_args()
     bandwidth = measured_read_bandwidth()
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "read_bandwidth": bandwidth, "rows": []}
+    result: dict[str, Any] = provenance() | {"device": torch.cuda.get_device_name()}
+    result |= {"read_bandwidth": bandwidth, "rows": []}
     for plan in args.plans.split(","):
         for context in map(int, args.contexts.split(",")):
             for batch, case in itertools.product(map(int, args.batches.split(",")), args.fp8.split(",")):

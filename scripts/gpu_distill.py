@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from clsa.bench.report import provenance
 from clsa_cuda import distill
 from clsa_cuda.distill import Teacher, index_kd_loss, query_blocks
 from clsa_cuda.kernels.distill import DistillTiles, softmax_sums, weighted_attention
@@ -227,7 +228,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    result = provenance() | {"device": torch.cuda.get_device_name()}
+    result |= {"torch": torch.__version__, "triton": triton.__version__}
     result |= {"sizes": {"L": L, "H": H, "G": G, "D": D, "I": I}, "check": check()}
     result |= {"memory": [peak_memory(n) for n in MEASURED], "times": [time_all(n) for n in TIMED], "tiles": tune()}
     report(result)

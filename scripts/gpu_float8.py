@@ -21,6 +21,7 @@ from typing import Any
 import gpu_layers as layers
 import torch
 
+from clsa.bench.report import provenance
 from clsa_cuda.kernels.float8_product import float8_tiles
 from clsa_cuda.kernels.product import ProductTiles
 from clsa_cuda.kernels.ring_tiles import RingTiles, block_of_rows, ring_bytes, ring_tiles
@@ -108,7 +109,8 @@ def main() -> None:
     for job in [subprocess.Popen([sys.executable, *sys.argv, "--compile", str(i)]) for i in range(layers.WORKERS)]:
         job.wait()
     wide, narrow = layers.weights(layers.LAYERS), quantized(layers.LAYERS)
-    result = {"device": torch.cuda.get_device_name(), "rows": [measure(m, wide, narrow) for m in rows]}
+    result = provenance() | {"device": torch.cuda.get_device_name()}
+    result |= {"rows": [measure(m, wide, narrow) for m in rows]}
     Path(args.out).write_text(json.dumps(result, indent=1))
     print(f"{time.time() - begin:.0f} s in all", flush=True)
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from gpu_decode import Bench, timed  # type: ignore[import-not-found]
 
+from clsa.bench.report import provenance
+
 COPIES = ("Memcpy HtoD", "Memcpy DtoH")
 LAST = "_greedy_kernel"  # of the project's kernels in a graph; after it and before the first come a few of torch
 
@@ -103,7 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--batches", default="1,8,32")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = provenance() | {"device": torch.cuda.get_device_name()}
     for batch in map(int, args.batches.split(",")):
         rows.append(measure(batch))
         print({name: value for name, value in rows[-1].items() if name != "events"}, flush=True)
@@ -112,7 +115,7 @@ def main() -> None:
         gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
         if args.out is not None:
-            args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+            args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

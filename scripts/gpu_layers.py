@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from clsa.bench.report import provenance
 from clsa.ops import HeadNorms, Memory, Queries, Selection, Window
 from clsa_cuda.kernels.gather_attention import gather_attention
 from clsa_cuda.kernels.linear import product
@@ -330,7 +331,7 @@ def main() -> None:
     for m in rows:
         result.append(tune(Chain(m, shared)))
         with open(args.out, "w", encoding="utf-8") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "rows": result}, file, indent=1)
+            json.dump(provenance() | {"device": torch.cuda.get_device_name(), "rows": result}, file, indent=1)
     print(f"{time.time() - begin:.0f} s in all", flush=True)
 
 

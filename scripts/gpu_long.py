@@ -23,7 +23,7 @@ from clsa.bench.bench import Bench, Params, Settings
 from clsa.bench.checks import wrong_decode, wrong_prefill
 from clsa.bench.engine import checked_step, free_bytes, make_engine, random_prompts
 from clsa.bench.paper import end_to_end
-from clsa.bench.report import commit, machine, versions
+from clsa.bench.report import machine, provenance
 from clsa.bench.runs import bench_decode
 from clsa.bench.steps import prefill_row
 from clsa.config import PAGE_SIZE, ModelConfig, SamplingParams
@@ -308,8 +308,7 @@ def main() -> None:
     if unknown := [part for part in chosen if part not in PARTS]:
         parser.error(f"--parts must be among {', '.join(PARTS)}, got {unknown}")
     run = Run(args)
-    result: Row = {"command": " ".join(sys.argv), "commit": commit(), "machine": machine(run.ops), "dtype": run.dtype}
-    result |= {"sizes": args.sizes, "versions": versions()}
+    result: Row = provenance() | {"machine": machine(run.ops), "dtype": run.dtype, "sizes": args.sizes}
     for part in sorted(chosen, key=list(PARTS).index):
         begin = time.perf_counter()
         found = PARTS[part](run)

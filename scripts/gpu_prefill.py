@@ -31,6 +31,7 @@ from clsa.batch import SequenceChunk, pack, upload
 from clsa.bench.engine import checked_step, make_engine, random_prompts
 from clsa.bench.floors import prefill_flops
 from clsa.bench.random_arrays import random_params
+from clsa.bench.report import provenance
 from clsa.bench.sizes import plan_config
 from clsa.config import PAGE_SIZE, SamplingParams
 from clsa.ops import Memory, Queries, Window
@@ -278,7 +279,7 @@ def main() -> int:
     parser.add_argument("--skip", default="", help="of: checks, kernels, engine")
     args = parser.parse_args()
     torch.manual_seed(0)
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result: dict[str, Any] = provenance() | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result |= {
         "checks": {},
         "rows": [],

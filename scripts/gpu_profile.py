@@ -20,6 +20,7 @@ from gpu_decode import Bench, config_4b, measured_read_bandwidth, timed
 from step_profile import Launch, step_profile
 
 import clsa_cuda
+from clsa.bench.report import provenance
 from clsa.bench.step_gate import step_gate
 
 STEPS = 5
@@ -63,7 +64,8 @@ def main() -> None:
         del bench, graph
         gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "read_bandwidth": read, "rows": rows}
+    result = provenance() | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result |= {"read_bandwidth": read, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

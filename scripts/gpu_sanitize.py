@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from clsa.bench.report import commit
+
 DTYPES = ("float32", "float16 and not bfloat16", "bfloat16")
 OTHERS = "not float32 and not float16 and not bfloat16"
 BY_DTYPE = ("attention", "prefill", "select", "fused", "write")
@@ -51,6 +53,7 @@ def run(job: tuple[str, str, str], logs: Path, deadline: float) -> dict[str, Any
     command += ["-k", which] if which else []
     begin = time.monotonic()
     row: dict[str, Any] = {"tool": tool, "tests": name, "which": "other" if which == OTHERS else which or "all"}
+    row["commit"] = commit()
     if begin > deadline:
         return row | {"end": "not started"}
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -22,6 +22,8 @@ import gpu_correctness
 import gpu_timing
 import torch
 
+from clsa.bench.report import provenance
+
 COMPILERS = 8
 # batch, context, target in ms, k
 SHAPES: tuple[tuple[int, int, float | None, int], ...] = (
@@ -101,7 +103,9 @@ def times(defaults: bool, out: Path | None) -> int:
             print(f"{case.name:42s} {row['error']} {tiles}", flush=True)
         rows.append(row)
     if out:
-        out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "read": read, "rows": rows}, indent=1))
+        out.write_text(
+            json.dumps(provenance() | {"device": torch.cuda.get_device_name(), "read": read, "rows": rows}, indent=1)
+        )
     return failed
 
 

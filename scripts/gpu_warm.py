@@ -15,6 +15,7 @@ from pathlib import Path
 
 from clsa.bench.bench import Bench, Settings
 from clsa.bench.engine import make_engine, random_prompts
+from clsa.bench.report import provenance
 from clsa.config import SamplingParams
 from clsa.residency import num_pages
 
@@ -42,7 +43,7 @@ def main() -> None:
             seconds.append(time.time() - born)
     row = {"weights": weights, "first_token": seconds[0], "eighth_token": seconds[-1], "prompt_tokens": args.tokens}
     print(row)
-    args.out.write_text(json.dumps({"device": bench.ops.device, **row}, indent=1), encoding="utf-8")
+    args.out.write_text(json.dumps(provenance() | {"device": bench.ops.device} | row, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

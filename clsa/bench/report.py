@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,19 +65,21 @@ def versions() -> dict[str, str]:
 
 def result(report: Report, command: Sequence[str]) -> Row:
     """The content of a result file."""
+    return {"benchmark": report.name, **provenance(command), **report.facts, "rows": report.rows}
+
+
+def provenance(command: Sequence[str] | None = None) -> Row:
+    """Where a result comes from: the command (None: of this process), the commit, the day (UTC), the versions."""
     return {
-        "benchmark": report.name,
-        "command": " ".join(command),
+        "command": " ".join(sys.argv if command is None else command),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions(),
-        **report.facts,
-        "rows": report.rows,
     }
 
 
 def commit() -> str | None:
-    """The git commit this package was run from, with "+" if it was changed since; None outside of a checkout."""
+    """The git commit this package was run from, with "+" if changed since; None outside of a checkout or archive."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -89,4 +92,13 @@ def commit() -> str | None:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
+        return archived(folder.parents[1])
+
+
+def archived(root: Path) -> str | None:
+    """The commit that `git archive` wrote into .git_archival.txt; whether it was changed since, nothing says."""
+    try:
+        text = (root / ".git_archival.txt").read_text(encoding="utf-8").strip()
+    except OSError:
         return None
+    return text[:12] if re.fullmatch("[0-9a-f]{40}", text) else None
