@@ -12,7 +12,7 @@ from torch import Tensor
 from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Selection, Window
 from clsa_cuda.kernels import dense_attention, gather_attention, sliding_attention
-from clsa_cuda.kernels.tiles import AttentionTiles
+from clsa_cuda.kernels.tiles import AttentionTiles, ContextTiles
 
 # Relative RMS error against float64; the values of tests/tolerance.py.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-6}
@@ -96,7 +96,7 @@ def dense(dtype: torch.dtype, heads: tuple[int, int, int], lengths: list[int], c
     for b in range(len(lengths)):
         rows = visible_rows(queries, b)
         want.append(attend64(q[b], kv[0][rows], kv[1][rows]) if len(rows) else torch.zeros_like(q[b]).double())
-    for tiles in (None, *several_tiles(heads)):
+    for tiles in (None, *(ContextTiles(16, programs, 4, 3) for programs in (1, 50, 132, 30_000))):
         got = dense_attention.dense_attention(q, Memory(*kv, None), queries, tiles)
         for b in range(len(lengths)):
             close(got[b], want[b], (b, tiles))

@@ -21,7 +21,7 @@ from clsa.config import PAGE_SIZE
 from clsa.ops import Memory, Queries, Selection, Window
 from clsa_cuda.kernels import dense_attention, gather_attention, select, sliding_attention, write_memory
 from clsa_cuda.kernels import tiles as sizes
-from clsa_cuda.kernels.tiles import AttentionTiles, attention_tiles, limits, select_tiles
+from clsa_cuda.kernels.tiles import AttentionTiles, ContextTiles, attention_tiles, context_tiles, limits, select_tiles
 
 DEVICE = torch.device("cuda", 0)
 CONTEXT, SEQUENCES, K, WINDOW = 1 << 17, 32, 2048, 512
@@ -203,7 +203,7 @@ def dense_calls(batch: int, how: str, tiles: Any = None) -> Callable[[Data], lis
 
 def dense_cases(batch: int) -> Iterator[Case]:
     size = batch * CONTEXT * ROW
-    tiles = attention_tiles(batch, G, CONTEXT, D, 2, limits(DEVICE))
+    tiles = context_tiles(batch * G, D, 2, limits(DEVICE))
     yield Case(f"dense 128K         batch {batch:2d}", "dense", size, None, dense_calls(batch, "kernel"), tiles)
     yield Case(f"  torch sdpa       batch {batch:2d}", "torch", size, None, dense_calls(batch, "torch"))
 
@@ -344,6 +344,8 @@ def best_of(name: str, rows: list[dict[str, Any]], count: int = 4) -> list[dict[
 def short(tiles: Any) -> str:
     if tiles is None:
         return ""
+    if isinstance(tiles, ContextTiles):
+        return f"n{tiles.block_n} p{tiles.programs} w{tiles.num_warps} st{tiles.num_stages}"
     if isinstance(tiles, AttentionTiles):
         return f"n{tiles.block_n} s{tiles.splits} w{tiles.num_warps} st{tiles.num_stages}"
     return (

@@ -27,7 +27,7 @@ from gpu_timing import (
 from torch import Tensor
 
 from clsa.ops import Selection
-from clsa_cuda.kernels.tiles import AttentionTiles, SelectTiles, limits
+from clsa_cuda.kernels.tiles import AttentionTiles, ContextTiles, SelectTiles, limits
 
 Build = Callable[[Data], list[Call]]
 
@@ -42,7 +42,7 @@ def cases() -> Iterator[Case]:
     for batch in (32, 1):
         yield from attention_cases("sliding", batch, WINDOW, SHAPES, sliding_calls)
     for batch in (1, 32):
-        yield from attention_cases("dense", batch, CONTEXT, SHAPES, lambda b, t: dense_calls(b, "kernel", t))
+        yield from context_cases(batch)
 
 
 def early_launch_cases() -> Iterator[Case]:
@@ -115,15 +115,24 @@ LIST_SHAPES = ((32, 4, 3), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (64, 
 def attention_cases(
     kernel: str, batch: int, max_keys: int, shapes: tuple[tuple[int, ...], ...], calls: Callable[[int, Any], Build]
 ) -> Iterator[Case]:
-    per_sm = (0.25, 0.5, 1, 2, 4) if batch == 1 else (1, 2, 3, 4) if max_keys == CONTEXT else (1, 2, 3, 4, 6, 8)
+    per_sm = (0.25, 0.5, 1, 2, 4) if batch == 1 else (1, 2, 3, 4, 6, 8)
     for block_n, warps, stages in shapes:
         wanted = {int(n * limits(DEVICE).sm_count) // (batch * G) for n in per_sm}
         most = min(128, max_keys // block_n)
         for splits in sorted({min(most, max(1, n)) for n in wanted}):
             tiles = AttentionTiles(block_n, splits, warps, stages)
-            size = batch * min(max_keys, CONTEXT) * ROW
+            size = batch * max_keys * ROW
             name = f"tune {kernel} batch {batch}"
             yield Case(name, kernel, size, None, calls(batch, tiles), tiles, True, calls(batch, None))
+
+
+def context_cases(batch: int) -> Iterator[Case]:
+    shapes = ((128, 1, 8, 5), (128, 1, 4, 5), (64, 1, 8, 9), (64, 2, 4, 7), (32, 3, 4, 9))
+    for (block_n, per_sm, warps, stages), idle in itertools.product(shapes, (0, 4)):
+        tiles = ContextTiles(block_n, per_sm * (limits(DEVICE).sm_count - idle), warps, stages)
+        calls = (dense_calls(batch, "kernel", chosen) for chosen in (tiles, None))
+        size = batch * CONTEXT * ROW
+        yield Case(f"tune dense batch {batch}", "dense", size, None, next(calls), tiles, True, next(calls))
 
 
 def compare(got: Any, want: Any) -> None:
@@ -148,6 +157,8 @@ def close_integers(got: Tensor, want: Tensor) -> bool:
 def compile_key(case: Case) -> Any:
     """Cases with the same key run the same kernel."""
     tiles = case.tiles
+    if isinstance(tiles, ContextTiles):
+        return case.kernel, replace(tiles, programs=1), case.name
     if isinstance(tiles, AttentionTiles):
         return case.kernel, replace(tiles, splits=min(2, tiles.splits)), "compact" in case.name
     if isinstance(tiles, SelectTiles) and case.tuned:

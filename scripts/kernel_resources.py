@@ -31,6 +31,7 @@ from clsa.config import PAGE_SIZE
 from clsa_cuda.kernels import (
     attend,
     attend_float8,
+    attend_pages,
     causal_prefill,
     gather_attention,
     linear,
@@ -47,7 +48,7 @@ from clsa_cuda.kernels.merge import merged
 from clsa_cuda.kernels.prefill import prefill_tiles
 from clsa_cuda.kernels.product import product_tiles
 from clsa_cuda.kernels.ring_tiles import BLOCK_N, RingTiles, block_of_rows, ring_tiles
-from clsa_cuda.kernels.tiles import Limits, attention_tiles, next_power_of_2, select_tiles
+from clsa_cuda.kernels.tiles import Limits, attention_tiles, cdiv, context_tiles, next_power_of_2, select_tiles
 
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 H200 = Limits(132, 227 << 10, early_launch=True, hopper=True)
@@ -69,15 +70,18 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     for batch, context, k in PICKS:
         out[f"pick {batch} {context} {k}"] = pick(batch, context, k)
     for dtype in TYPES:
-        for source in ("list", "block", "pages", "ring"):
+        for source in ("list", "block", "ring"):
             out[f"attend {source} {dtype}"] = attention(source, dtype, 128, 5, 32)
+        out[f"attend pages {dtype}"] = pages(dtype, 32)
     for head_dim in (64, 80, 96, 256):
         out[f"attend list bfloat16 D={head_dim}"] = attention("list", "bfloat16", head_dim, 5, 32)
-    for source, batch in (("list", 1), ("list", 32), ("pages", 1), ("pages", 32), ("block", 32)):
+    for source, batch in (("list", 1), ("list", 32), ("block", 32)):
         out[f"attend {source} float8 {batch}"] = attention_float8(source, batch)
+    for batch in (1, 32, 512):
+        out[f"attend pages float8 {batch}"] = pages("float8", batch)
+        out[f"attend pages bfloat16 {batch}"] = pages("bfloat16", batch)
     out["attend list bfloat16 16 heads"] = attention("list", "bfloat16", 128, 16, 32)
     out["attend list bfloat16 one query"] = attention("list", "bfloat16", 128, 5, 1)
-    out["attend pages bfloat16 one query"] = attention("pages", "bfloat16", 128, 5, 1)
     for dtype in TYPES:
         out[f"score many {dtype}"] = scores_of_many(dtype)
         for kind in ("sliding", "causal"):
@@ -163,13 +167,12 @@ def pick(batch: int, context: int, k: int) -> tuple[Any, dict[str, str], dict[st
 
 
 def attention(
-    source: str, dtype: str, head_dim: int, repeat: int, batch: int, itemsize: int = 0
+    source: str, dtype: str, head_dim: int, repeat: int, batch: int
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    """`itemsize` for the tiles; 0: that of `dtype`."""
-    max_keys = {"pages": 1 << 17, "ring": 512}.get(source, 2048)
-    tiles = attention_tiles(batch, 4, max_keys, head_dim, itemsize or getattr(torch, dtype).itemsize, H200)
+    max_keys = 512 if source == "ring" else 2048
+    tiles = attention_tiles(batch, 4, max_keys, head_dim, getattr(torch, dtype).itemsize, H200)
     types = dict.fromkeys(("q", "k", "v", "own_k", "own_v", "out"), TYPES[dtype])
-    types |= dict.fromkeys(("rows", "lengths", "sequence", "arrived"), "*i32")
+    types |= dict.fromkeys(("rows", "lengths", "arrived"), "*i32")
     types |= dict.fromkeys(("partial", "sums"), "*fp32")
     types |= dict.fromkeys(
         ("H", "q_stride", "k_stride", "v_stride", "own_k_stride", "own_v_stride", "rows_stride"), "i32"
@@ -191,20 +194,47 @@ def attention(
         "BLOCK_N": tiles.block_n,
         "SPLIT": tiles.splits > 1,
         "SOURCE": source,
-        "SIZE": {"pages": PAGE_SIZE, "ring": 512, "block": 2048, "list": 2048}.get(source, 0),
+        "SIZE": max_keys,
         "STAGES": tiles.num_stages,
-        "MERGED": merged(tiles.splits, 4 * batch, repeat, head_dim, tiles.num_warps, H200.sm_count),
+        "MERGED": merged(tiles.splits, 4 * batch * tiles.splits, repeat, head_dim, tiles.num_warps, H200.sm_count),
         "OVERLAP": True,
     }
     return jit_function(attend._attend_kernel), types, constants, {"num_warps": tiles.num_warps}
 
 
 def attention_float8(source: str, batch: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    _, types, constants, options = attention(source, "bfloat16", 128, 5, batch, itemsize=1 if source == "pages" else 0)
+    _, types, constants, options = attention(source, "bfloat16", 128, 5, batch)
     kernel = jit_function(attend_float8._attend_float8_kernel)
     constants |= {"KV_HEADS": 4, "NATIVE": True}
     types, constants = ({n: v for n, v in found.items() if n in kernel.arg_names} for found in (types, constants))
     return kernel, types | {"k": "*i16", "v": "*i16"}, constants, options
+
+
+def pages(dtype: str, batch: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """Whole contexts; `dtype` is that of the memory, and queries are in bfloat16 where it is float8."""
+    words, own = dtype == "float8", TYPES.get(dtype, "*bf16")
+    tiles = context_tiles(4 * batch, 128, 1 if words else getattr(torch, dtype).itemsize, H200)
+    types = dict.fromkeys(("q", "out"), own) | dict.fromkeys(("k", "v"), "*i16" if words else own)
+    types |= dict.fromkeys(("block_table", "positions", "sequence", "arrived"), "*i32")
+    types |= dict.fromkeys(("partial", "sums"), "*fp32")
+    types |= dict.fromkeys(("num_queries", "H", "q_stride", "k_stride", "v_stride", "table_stride"), "i32")
+    constants = {
+        "D": 128,
+        "BLOCK_D": 128,
+        "REPEAT": 5,
+        "KV_HEADS": 4,
+        "BLOCK_H": 16,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_T": next_power_of_2(batch),
+        "PAGE": PAGE_SIZE,
+        "STAGES": tiles.num_stages,
+        "MERGED": merged(cdiv(tiles.programs, 4 * batch), tiles.programs, 5, 128, tiles.num_warps, H200.sm_count),
+        "WORDS": words,
+        "NATIVE": True,
+        "OVERLAP": True,
+    }
+    kernel = jit_function(attend_pages._attend_pages_kernel)
+    return kernel, types | {"scale": "fp32"}, constants, {"num_warps": tiles.num_warps}
 
 
 def prefill(
@@ -298,7 +328,7 @@ def scores_of_many(dtype: str) -> tuple[Any, dict[str, str], dict[str, Any], dic
 def report(
     capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
 ) -> str:
-    aligned = [name for name, kind in types.items() if kind != "fp32" and name not in ("H", "splits")]
+    aligned = [name for name, kind in types.items() if kind != "fp32" and name not in ("H", "splits", "num_queries")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     if "OVERLAP" in constants:
         constants["OVERLAP"] = capability >= 90

@@ -49,7 +49,8 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("nvjet", "products by cuBLAS", (*_PRODUCTS, "norms")),
     ("cublas", "products by cuBLAS", ()),
     ("_attend_kernel sliding", "attention over windows", ("windows",)),
-    ("_attend_kernel", "attention over the memory", ("selected", "dense", "windows")),
+    ("_attend_kernel", "attention over the memory", ("selected", "windows")),
+    ("_attend_pages_kernel", "attention over whole contexts", ("dense",)),
     ("_compact_kernel", "copy of selected rows", ()),
     ("_score_kernel", "routing: scores", ("index_keys",)),
     ("_pick_kernel", "routing: top-k", ("scores",)),
@@ -173,7 +174,7 @@ def _told_apart(names: list[str], config: ModelConfig) -> list[str]:
     """Names of one step in order, with what each product is for and what attention reads, where their numbers fit."""
     kinds = ["sliding" if kind == "sliding_attention" else "" for kind in config.layer_types]
     closing = not any(name.startswith("_close_layer_kernel") for name in names)
-    for kernels, uses in ((("_attend_kernel",), kinds), (_FEW_ROWS, _products(config, closing))):
+    for kernels, uses in ((("_attend_kernel", "_attend_pages_kernel"), kinds), (_FEW_ROWS, _products(config, closing))):
         found = [i for i, name in enumerate(names) if name.startswith(kernels)]
         if len(found) == len(uses):
             for i, use in zip(found, uses, strict=True):

@@ -29,7 +29,7 @@ def step_of(config: ModelConfig, fused: bool) -> list[tuple[str, float]]:
         kernels += [("_linear_kernel", 4.0)] * (cross and (layer.writes_memory or routes))
         kernels += [("_score_kernel", 20.0), ("_pick_kernel", 15.0)] * routes
         kernels.append(("_linear_kernel", 8.0))
-        kernels += [("_attend_kernel", 10.0), *closing]
+        kernels += [("_attend_pages_kernel" if layer.route == "D" else "_attend_kernel", 10.0), *closing]
     return [*kernels, ("_linear_kernel", 180.0), ("void at::native::reduce_kernel<512, 1>(...)", 8.0)]
 
 

@@ -16,7 +16,7 @@ from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.gather_attention import compact_attention, compact_rows, gather_attention
 from clsa_cuda.kernels.merge import merged
 from clsa_cuda.kernels.sliding_attention import attend_window, sliding_attention
-from clsa_cuda.kernels.tiles import MAX_SPLITS, AttentionTiles, Limits, attention_tiles
+from clsa_cuda.kernels.tiles import MAX_SPLITS, AttentionTiles, ContextTiles, Limits, attention_tiles, context_tiles
 from tests.ops.cases import (
     DECODE,
     Chunk,
@@ -44,6 +44,10 @@ STEP = pytest.mark.parametrize("chunks", DECODE.values(), ids=DECODE.keys())
 
 def tiles(splits: int, block_n: int = 16) -> AttentionTiles:
     return AttentionTiles(block_n=block_n, splits=splits, num_warps=4, num_stages=2)
+
+
+def shared_by(programs: int, block_n: int = 16) -> ContextTiles:
+    return ContextTiles(block_n=block_n, programs=programs, num_warps=4, num_stages=3)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["in place", "compact"])
@@ -87,7 +91,7 @@ def test_gather_attention(
     [(19, 16, 5, 1), (1, 32, 10, 2), (5, 128, 20, 4)],  # 19: more than are merged at once
 )
 def test_any_tiles(ops: Ops, dtype: str, splits: int, block_n: int, heads: int, kv_heads: int) -> None:
-    """Selected rows, pages and rings: the same result as with one program for all keys."""
+    """Selected rows and rings: the same result as with one program for all keys."""
     rng = np.random.default_rng(5)
     step: Layout = layout(rng, [Chunk(n - 1, 1) for n in (150, 1, 64)] + [Chunk(0, 0, padded=1)])
     num_queries = len(step.positions)
@@ -104,7 +108,6 @@ def test_any_tiles(ops: Ops, dtype: str, splits: int, block_n: int, heads: int, 
     window = filled_window(ops, ring_k, ring_v, 40, dtype)
     for name, attention in (
         ("gather_attention", lambda t: gather_attention(q, memory, selection, t)),
-        ("dense_attention", lambda t: dense_attention(q, memory, queries, t)),
         ("sliding_attention", lambda t: sliding_attention(q, k, v, window, queries, t)),
     ):
         want = host(ops, attention(tiles(1)), dtype).astype(np.float64)
@@ -123,7 +126,8 @@ def test_large_scores_do_not_overflow(ops: Ops, dtype: str) -> None:
     assert got[0, 0].tolist() == [4.0, 5.0, 6.0, 7.0]
 
 
-@pytest.mark.parametrize("splits, block_n", [(1, 64), (4, 16), (2, 128)])
+# One for all, pieces of several queries, pieces of less than one, more programs than blocks.
+@pytest.mark.parametrize("programs, block_n", [(1, 64), (7, 128), (40, 16)])
 @STEP
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 2), (10, 2, 64)])
 def test_dense_attention(
@@ -133,7 +137,7 @@ def test_dense_attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    splits: int,
+    programs: int,
     block_n: int,
 ) -> None:
     rng = np.random.default_rng(0)
@@ -145,12 +149,12 @@ def test_dense_attention(
         ops.asarray(q),
         filled_memory(ops, kv[0], kv[1], None, dtype),
         step.queries(ops),
-        tiles(splits, block_n),
+        shared_by(programs, block_n),
     )
     want = spec.dense_attention(spec.asarray(q), filled_memory(spec, kv[0], kv[1], None, dtype), step.queries(spec))
     result = host(ops, got, dtype)
     assert not result[step.positions < 0].any(), "a padded query must get zeros"
-    assert_close("dense_attention", dtype, result, want, (heads, kv_heads, head_dim, splits, block_n))
+    assert_close("dense_attention", dtype, result, want, (heads, kv_heads, head_dim, programs, block_n))
 
 
 def test_a_longer_page_table_changes_nothing(ops: Ops) -> None:
@@ -160,11 +164,11 @@ def test_a_longer_page_table_changes_nothing(ops: Ops) -> None:
     kv = [poisoned(normal(rng, step.num_rows, 2, 8, dtype="float32"), step.readable) for _ in range(2)]
     memory = filled_memory(ops, kv[0], kv[1], None, "float32")
     q = ops.asarray(normal(rng, len(step.positions), 4, 8, dtype="float32"))
-    want = ops.to_numpy(dense_attention(q, memory, step.queries(ops), tiles(2)))
+    want = ops.to_numpy(dense_attention(q, memory, step.queries(ops), shared_by(3)))
     wider = np.pad(step.block_table, ((0, 0), (0, 3)), constant_values=-1)
     wider[:, -2] = step.block_table[0, 0]
     queries = dataclasses.replace(step, block_table=wider).queries(ops)
-    got = ops.to_numpy(dense_attention(q, memory, queries, tiles(2)))
+    got = ops.to_numpy(dense_attention(q, memory, queries, shared_by(3)))
     assert np.array_equal(got, want)
 
 
@@ -264,8 +268,16 @@ def test_what_the_kernels_cannot_take(ops: Ops) -> None:
 @pytest.mark.parametrize("head_dim, itemsize", [(64, 2), (80, 2), (128, 2), (256, 2), (128, 4), (256, 4)])
 def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
     padded_dim = 1 << (head_dim - 1).bit_length()
-    for num_queries, max_keys in itertools.product([1, 8, 32, 64, 512, 1 << 20], [1, 64, 512, 2048, 1 << 20]):
-        chosen = attention_tiles(num_queries, 4, max_keys, head_dim, itemsize, Limits(132, shared_memory))
+    device = Limits(132, shared_memory)
+    for num_queries in (1, 3, 8, 32, 64, 512, 1 << 14):
+        whole = context_tiles(4 * num_queries, head_dim, itemsize, device)
+        row_bytes = 2 * padded_dim * itemsize
+        assert whole.num_stages // 2 * whole.block_n * row_bytes <= shared_memory
+        # One program a multiprocessor: two find no place there.
+        assert itemsize == 4 or 2 * (whole.num_stages // 2 * whole.block_n * row_bytes) > 0.9 * shared_memory
+        assert itemsize == 4 or 0.9 * 132 < whole.programs <= 132
+    for num_queries, max_keys in itertools.product([1, 8, 32, 64, 512, 1 << 20], [1, 64, 512, 2048]):
+        chosen = attention_tiles(num_queries, 4, max_keys, head_dim, itemsize, device)
         # The first block, and those on their way: row numbers that come first take every second stage.
         blocks = chosen.num_stages if max_keys <= 1024 else (chosen.num_stages + 1) // 2
         assert blocks * chosen.block_n * 2 * padded_dim * itemsize <= shared_memory
@@ -275,26 +287,43 @@ def test_tiles_fit(head_dim: int, itemsize: int, shared_memory: int) -> None:
 
 def test_what_is_merged_at_once_fits_the_registers() -> None:
     """Of a multiprocessor's 65,536 those of one program, and a quarter of them where several share it."""
-    assert merged(33, 4, 5, 128, 8, 132) == 33
-    assert merged(33, 5, 5, 128, 8, 132) == 8 and merged(33, 4, 5, 128, 4, 132) == 8
+    assert merged(33, 132, 5, 128, 8, 132) == 33
+    assert merged(33, 165, 5, 128, 8, 132) == 8 and merged(33, 132, 5, 128, 4, 132) == 8
     for splits, pairs, heads, head_dim, warps in itertools.product(
         (1, 2, 3, 9, 33, 64), (1, 4, 64), (1, 5, 16, 64), (64, 80, 256), (4, 8)
     ):
-        at_once = merged(splits, pairs, heads, head_dim, warps, 132)
+        at_once = merged(splits, pairs * splits, heads, head_dim, warps, 132)
         padded = (1 << (heads - 1).bit_length()) * (1 << (head_dim - 1).bit_length())
         assert at_once == 1 or at_once * padded <= (132 if pairs * splits <= 132 else 34) * 32 * warps
 
 
-@pytest.mark.parametrize("max_keys", [2048, 1 << 17])
-def test_programs_find_a_place_at_once(max_keys: int) -> None:
-    """As many as the registers, or the shared memory, of a multiprocessor allow, or they pile up."""
+def test_programs_find_a_place_at_once() -> None:
+    """As many as the registers of a multiprocessor allow, or they pile up."""
     for num_queries in range(1, 66):
-        t = attention_tiles(num_queries, 4, max_keys, 128, 2, Limits(132, 227 << 10))
-        if max_keys == 2048:
-            places = 132 * {128: 1 if t.last else 2, 64: 2 if t.last else 4}[t.block_n]
-        else:  # half of the stages hold page numbers
-            buffers = ((t.num_stages - 1) // 2) * t.block_n * 512
-            places = 132 * ((228 << 10) // (buffers + (6 << 10)))
+        t = attention_tiles(num_queries, 4, 2048, 128, 2, Limits(132, 227 << 10))
+        places = 132 * {128: 1 if t.last else 2, 64: 2 if t.last else 4}[t.block_n]
         programs = num_queries * 4 * t.splits
         assert programs <= places or t.splits == 1
         assert programs >= 0.67 * places or t.block_n == 128, (num_queries, t)
+
+
+def test_equal_lengths_are_shared_without_pieces_of_two() -> None:
+    """Where that costs few multiprocessors: powers of two, and what fills 132 exactly."""
+    for pairs, programs in ((4, 132), (8, 128), (33, 132), (64, 128), (128, 128), (256, 128), (20, 132), (160, 132)):
+        assert context_tiles(pairs, 128, 2, Limits(132, 227 << 10)).programs == programs
+
+
+def test_any_lengths_are_shared_evenly(ops: Ops, dtype: str) -> None:
+    """Random steps: rows without keys, of one block, one long row among short ones; any number of programs."""
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        lengths = rng.choice([0, 1, 15, 16, 17, 64, 300], 7)
+        step = layout(rng, [Chunk(n - 1, 1) if n else Chunk(0, 0, padded=1) for n in lengths.tolist()])
+        keys, values = (poisoned(normal(rng, step.num_rows, 2, 16, dtype=dtype), step.readable) for _ in range(2))
+        q = normal(rng, len(lengths), 6, 16, dtype=dtype, scale=2.0)
+        want = spec.dense_attention(spec.asarray(q), filled_memory(spec, keys, values, None, dtype), step.queries(spec))
+        memory, queries = filled_memory(ops, keys, values, None, dtype), step.queries(ops)
+        for programs in (1, int(rng.integers(2, 16))):
+            got = host(ops, dense_attention(ops.asarray(q), memory, queries, shared_by(programs)), dtype)
+            assert not got[step.positions < 0].any(), "a query that sees nothing must get zeros"
+            assert_close("dense_attention", dtype, got, want, (lengths.tolist(), programs))

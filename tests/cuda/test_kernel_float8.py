@@ -18,7 +18,7 @@ from clsa_cuda.kernels.dense_attention import dense_attention
 from clsa_cuda.kernels.gather_attention import compact_attention, compact_rows, gather_attention
 from clsa_cuda.kernels.ops import KernelOps
 from clsa_cuda.kernels.select import select
-from clsa_cuda.kernels.tiles import AttentionTiles
+from clsa_cuda.kernels.tiles import AttentionTiles, ContextTiles
 from clsa_cuda.kernels.write_memory import write_memory
 from tests.cuda.conftest import DEVICE
 from tests.ops.cases import Chunk, host, layout, normal, poisoned, rounded
@@ -54,7 +54,7 @@ def test_attention(ops: Ops, dtype: str, heads: int, kv_heads: int, head_dim: in
         (gather_attention(tokens, memory, selection, chosen), gathered),
         (compact_attention(tokens, compact_rows(memory, selection), chosen), gathered),
         (
-            dense_attention(tokens, memory, step.queries(ops), chosen),
+            dense_attention(tokens, memory, step.queries(ops), ContextTiles(16, 3 * splits - 2, 4, 3)),
             spec.dense_attention(spec.asarray(q), exact, step.queries(spec)),
         ),
     ):

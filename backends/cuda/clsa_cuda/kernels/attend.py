@@ -1,4 +1,4 @@
-"""Decode attention over rows of a memory: one kernel, four ways to say which rows.
+"""Decode attention over rows of a memory: one kernel, three ways to say which rows.
 
 Program (query t and KV head, split) attends the query heads of its KV head to its share of the keys. The heads are one
 tile of at least 16 rows for the tensor cores. (Several KV heads a program, whose rows of memory lie side by side, were
@@ -39,7 +39,7 @@ def rows_of_block(
     """Physical rows of the keys of a block from `start`, and which of them are there.
 
     `rows` and `base` are what SOURCE needs: "list": the query's SIZE row numbers; "block": its first row;
-    "pages": its row of the page table, pages of SIZE; "ring": first of the SIZE rows, keys end before `position`.
+    "ring": first of the SIZE rows, keys end before `position`.
     """
     i = start + tl.arange(0, BLOCK_N)
     seen = i < count
@@ -48,13 +48,6 @@ def rows_of_block(
         seen = row >= 0
     elif SOURCE == "block":
         row = base + i
-    elif SOURCE == "pages":
-        if BLOCK_N <= SIZE:
-            page = tl.load(rows + start // SIZE).to(tl.int64)
-            row = page * SIZE + start % SIZE + tl.arange(0, BLOCK_N)
-        else:
-            page = tl.load(rows + i // SIZE, mask=seen, other=0).to(tl.int64)
-            row = page * SIZE + i % SIZE
     else:
         row = base + (position - count + i) % SIZE
     return row, seen
@@ -97,7 +90,7 @@ def _turn(frequencies, position, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _attend_to(q_tile, k_tile, v_tile, visible, scale, acc, total, highest):
+def attend_to(q_tile, k_tile, v_tile, visible, scale, acc, total, highest):
     """One block of keys [BLOCK_N, BLOCK_D] in the running softmax of a tile of heads."""
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
@@ -122,9 +115,8 @@ def _attend_kernel(
     k_norm,  # [D], WINDOW only
     frequencies,  # [D / 2] float32, WINDOW only
     mapping,  # [T] row of the ring that the token is written to or -1, WINDOW only
-    rows,  # "list": [T, K] rows; "pages": [B, M] page table; "ring": [T] slots; "block": not read
-    lengths,  # "block", "list": [T] keys; "pages", "ring": [T] positions. Rows of a "list" may end earlier, at -1
-    sequence,  # [T], "pages" only
+    rows,  # "list": [T, K] rows; "ring": [T] slots; "block": not read
+    lengths,  # "block", "list": [T] keys; "ring": [T] positions. Rows of a "list" may end earlier, at -1
     out,  # [T, H, D]
     partial,  # [T, H, splits, D] float32 scratch
     sums,  # [T, H, splits] float32 scratch
@@ -147,7 +139,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there is more than one split
     SOURCE: tl.constexpr,
-    SIZE: tl.constexpr,  # "list": K; "pages": tokens of a page; "ring": W; "block": rows of a query
+    SIZE: tl.constexpr,  # "list": K; "ring": W; "block": rows of a query
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,  # "ring" only: q and own_k are projections; norm, turn, and write the token to the ring
     FRESH: tl.constexpr,  # whether more than q and the own tokens may have been made by the kernel in front
@@ -156,8 +148,6 @@ def _attend_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program (t * KV_HEADS + g, split): see above."""
-    # A loop over many blocks has two on their way before a first one in front of it would have arrived.
-    AHEAD: tl.constexpr = SOURCE != "pages"
     if FRESH:
         wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // KV_HEADS
@@ -174,10 +164,7 @@ def _attend_kernel(
     else:
         position = tl.load(lengths + t)
         count = position
-        if SOURCE == "pages":
-            count = position + 1
-            rows += tl.load(sequence + t).to(tl.int64) * rows_stride
-        elif SOURCE == "ring":
+        if SOURCE == "ring":
             count = tl.minimum(tl.maximum(position, 0), SIZE - 1)
             base = tl.load(rows + t).to(tl.int64) * SIZE
     num_blocks = tl.cdiv(count, BLOCK_N)
@@ -189,10 +176,8 @@ def _attend_kernel(
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
     row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
     seen_first = seen & (first < stop)
-    k_first, v_first = 0.0, 0.0
-    if AHEAD:
-        k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
-        v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
+    v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen_first[:, None] & d_mask, other=0.0)
     if SOURCE == "list":  # not before: the first keys need not wait for it
         stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     q_weights, q_partners, k_weights, k_partners, sine, cosine = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -232,20 +217,20 @@ def _attend_kernel(
             total = tl.full([BLOCK_H], 1.0, tl.float32)
             acc += mine_v.to(tl.float32)
 
-    if AHEAD and not LAST:
+    if not LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
-        acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
-    for block in tl.range(first + AHEAD, stop, num_stages=STAGES):
+        acc, total, highest = attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
+    for block in tl.range(first + 1, stop, num_stages=STAGES):
         row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & d_mask
         k_tile = widened(tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0.0), q_tile)
         v_tile = widened(tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0.0), q_tile)
-        acc, total, highest = _attend_to(q_tile, k_tile, v_tile, seen[None, :], scale, acc, total, highest)
-    if AHEAD and LAST:
+        acc, total, highest = attend_to(q_tile, k_tile, v_tile, seen[None, :], scale, acc, total, highest)
+    if LAST:
         k_first, v_first = widened(k_first, q_tile), widened(v_first, q_tile)
-        acc, total, highest = _attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
+        acc, total, highest = attend_to(q_tile, k_first, v_first, seen_first[None, :], scale, acc, total, highest)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if not SPLIT:
@@ -256,5 +241,5 @@ def _attend_kernel(
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, REPEAT, D, BLOCK_D, MERGED)
+            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, splits, REPEAT, D, BLOCK_D, MERGED)
             tl.store(arrived + tl.program_id(0), 0)

@@ -57,7 +57,19 @@ def _scale_of(even, odd):
 
 
 @triton.jit
-def _attend_to(q_even, q_odd, k_words, v_words, visible, scale, even, odd, total, highest, NATIVE: tl.constexpr):
+def divided(heads, mask, scale):
+    """Even and odd dimensions of queries [BLOCK_H, WORDS] in float16, divided by powers of two; what scores then need.
+
+    `heads`: where the even ones are.
+    """
+    even = tl.load(heads, mask=mask, other=0.0).to(tl.float32)
+    odd = tl.load(heads + 1, mask=mask, other=0.0).to(tl.float32)
+    power = _scale_of(even, odd)
+    return (even / power[:, None]).to(tl.float16), (odd / power[:, None]).to(tl.float16), power * scale
+
+
+@triton.jit
+def attend_to_words(q_even, q_odd, k_words, v_words, visible, scale, even, odd, total, highest, NATIVE: tl.constexpr):
     """One block of keys [BLOCK_N, WORDS] in the running softmax of a tile of heads."""
     scores = tl.dot(q_even, tl.trans(_lower(k_words, NATIVE)))
     scores = tl.dot(q_odd, tl.trans(_upper(k_words, NATIVE)), scores)
@@ -81,7 +93,6 @@ def _attend_float8_kernel(
     v,  # [N, G, D / 2] likewise
     rows,  # as for `_attend_kernel`
     lengths,
-    sequence,
     out,  # [T, H, D]
     partial,  # [T, H, splits, D] float32 scratch
     sums,  # [T, H, splits] float32 scratch
@@ -100,7 +111,7 @@ def _attend_float8_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
-    SOURCE: tl.constexpr,  # "list", "block" or "pages"
+    SOURCE: tl.constexpr,  # "list" or "block"
     SIZE: tl.constexpr,
     STAGES: tl.constexpr,
     FRESH: tl.constexpr,
@@ -109,7 +120,6 @@ def _attend_float8_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program (t * KV_HEADS + g, split): the query heads of a KV head, over a share of the keys."""
-    AHEAD: tl.constexpr = SOURCE != "pages"  # as in `attend`
     if FRESH:
         wait(OVERLAP)
     t = tl.program_id(0).to(tl.int64) // KV_HEADS
@@ -120,27 +130,20 @@ def _attend_float8_kernel(
     w = tl.arange(0, WORDS)
     w_mask = (w < D // 2)[None, :]
     base = t * SIZE
-    position = 0
     if SOURCE == "list":
         count = SIZE
         rows += t * rows_stride
     else:
-        position = tl.load(lengths + t)
-        count = position
-        if SOURCE == "pages":
-            count = position + 1
-            rows += tl.load(sequence + t).to(tl.int64) * rows_stride
+        count = tl.load(lengths + t)
     num_blocks = tl.cdiv(count, BLOCK_N)
     first, stop = share(num_blocks, split, splits)
     place = g * (D // 2) + w[None, :]
     # The first keys, while the kernel in front still makes the queries. An empty split asks for keys that are there.
     start = tl.minimum(first, tl.maximum(num_blocks - 1, 0)) * BLOCK_N
-    row, seen = rows_of_block(start, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
+    row, seen = rows_of_block(start, count, base, rows, 0, BLOCK_N, SOURCE, SIZE)
     seen &= first < stop
-    k_first, v_first = 0, 0
-    if AHEAD:
-        k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
-        v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
+    k_first = tl.load(k + row[:, None] * k_stride + place, mask=seen[:, None] & w_mask, other=0)
+    v_first = tl.load(v + row[:, None] * v_stride + place, mask=seen[:, None] & w_mask, other=0)
     if SOURCE == "list":  # not before: the first keys need not wait for it
         stop = tl.minimum(stop, tl.cdiv(tl.load(lengths + t), BLOCK_N))
     if not FRESH:
@@ -150,28 +153,22 @@ def _attend_float8_kernel(
     head = first_head + h
     q_mask = (h < REPEAT)[:, None] & w_mask
     heads = q + t * q_stride + (g * REPEAT + h)[:, None] * D + 2 * w[None, :]
-    q_even = tl.load(heads, mask=q_mask, other=0.0).to(tl.float32)
-    q_odd = tl.load(heads + 1, mask=q_mask, other=0.0).to(tl.float32)
-    power = _scale_of(q_even, q_odd)
-    q_even = (q_even / power[:, None]).to(tl.float16)
-    q_odd = (q_odd / power[:, None]).to(tl.float16)
-    power *= scale
+    q_even, q_odd, power = divided(heads, q_mask, scale)
     even = tl.zeros([BLOCK_H, WORDS], tl.float32)
     odd = tl.zeros([BLOCK_H, WORDS], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    if AHEAD:
-        even, odd, total, highest = _attend_to(
-            q_even, q_odd, k_first, v_first, seen[None, :], power, even, odd, total, highest, NATIVE
-        )
-    for block in tl.range(first + AHEAD, stop, num_stages=STAGES):
-        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, position, BLOCK_N, SOURCE, SIZE)
+    even, odd, total, highest = attend_to_words(
+        q_even, q_odd, k_first, v_first, seen[None, :], power, even, odd, total, highest, NATIVE
+    )
+    for block in tl.range(first + 1, stop, num_stages=STAGES):
+        row, seen = rows_of_block(block * BLOCK_N, count, base, rows, 0, BLOCK_N, SOURCE, SIZE)
         mask = seen[:, None]
         if BLOCK_D != D:
             mask = mask & w_mask
         k_words = tl.load(k + row[:, None] * k_stride + place, mask=mask, other=0)
         v_words = tl.load(v + row[:, None] * v_stride + place, mask=mask, other=0)
-        even, odd, total, highest = _attend_to(
+        even, odd, total, highest = attend_to_words(
             q_even, q_odd, k_words, v_words, seen[None, :], power, even, odd, total, highest, NATIVE
         )
 
@@ -189,5 +186,5 @@ def _attend_float8_kernel(
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             at = first_head * splits
-            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, REPEAT, D, BLOCK_D, MERGED)
+            merge_splits(partial + at * D, sums + at, out + first_head * D, splits, splits, REPEAT, D, BLOCK_D, MERGED)
             tl.store(arrived + tl.program_id(0), 0)

@@ -35,7 +35,6 @@ def attend_rows(
     own: tuple[Tensor, Tensor] | None,
     rows: Tensor,
     lengths: Tensor,
-    sequence: Tensor | None,
     tiles: AttentionTiles,
     arrival: Arrival | None = None,
     fresh: bool = True,
@@ -43,14 +42,14 @@ def attend_rows(
     """Launch the kernel: see its arguments. q [T, H, D], kv [N, G, D] each, own [T, G, D] each -> [T, H, D].
 
     `fresh` False promises that the launch in front made q and `own` at most and waited for whatever made the rest. Then
-    the first keys are read before that launch has ended. Of "pages" only the page table ever is.
+    the first keys are read before that launch has ended.
     """
     num_queries, num_heads, head_dim = q.shape
     out = torch.empty(num_queries, num_heads, head_dim, dtype=q.dtype, device=q.device)
     if num_queries == 0:
         return out
     own = own or kv
-    _check(q, kv, own, rows, lengths)
+    check_inputs(q, (*kv, *own), rows, lengths)
     kv_heads = kv[0].shape[1]
     splits = tiles.splits + (source == "ring" and tiles.splits > 1)  # and one for the own token
     pairs, repeat = num_queries * kv_heads, num_heads // kv_heads
@@ -60,11 +59,10 @@ def attend_rows(
     sums = torch.empty(scratch, dtype=torch.float32, device=q.device)
     device = limits(q.device)
     scale = math.log2(math.e) / math.sqrt(head_dim)
-    sequence = lengths if sequence is None else sequence
-    in_words = _in_words(source, q, kv)
+    words = source != "ring" and in_words(q, kv)
     constants = {
         "D": head_dim,
-        "BLOCK_D": max(32 if in_words else 16, next_power_of_2(head_dim)),  # products are over 16 numbers at least
+        "BLOCK_D": max(32 if words else 16, next_power_of_2(head_dim)),  # products are over 16 numbers at least
         "REPEAT": repeat,
         "KV_HEADS": kv_heads,
         "BLOCK_H": max(16, next_power_of_2(repeat)),
@@ -74,21 +72,22 @@ def attend_rows(
         "SIZE": size,
         "STAGES": tiles.num_stages,
         "FRESH": fresh,
-        "MERGED": merged(splits, pairs, repeat, head_dim, tiles.num_warps, device.sm_count),
+        "MERGED": merged(splits, pairs * splits, repeat, head_dim, tiles.num_warps, device.sm_count),
         "OVERLAP": device.early_launch,
         "num_warps": tiles.num_warps,
         **launch_options(device),
     }
     counters = arrival_counters(q.device)
-    shared = (rows, lengths, sequence, out, partial, sums, counters, num_heads, q.stride(0))
-    if in_words:
-        words = [x.view(torch.int16) for x in kv]
+    shared = (rows, lengths, out, partial, sums, counters, num_heads, q.stride(0))
+    if words:
+        k, v = (x.view(torch.int16) for x in kv)
         _attend_float8_kernel[pairs, splits](
             q,
-            *words,
+            k,
+            v,
             *shared,
-            words[0].stride(0),
-            words[1].stride(0),
+            k.stride(0),
+            v.stride(0),
             rows.stride(0),
             scale,
             splits,
@@ -117,22 +116,18 @@ def attend_rows(
     return out
 
 
-def _check(
-    q: Tensor,
-    kv: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    rows: Tensor,
-    lengths: Tensor,
-) -> None:
-    for name, x in (("k", kv[0]), ("v", kv[1]), ("the token's own k", own[0]), ("the token's own v", own[1])):
+def check_inputs(q: Tensor, kv: tuple[Tensor, ...], rows: Tensor, lengths: Tensor) -> None:
+    """Args: `kv` are keys and values in turn, of a memory, then perhaps of the queries' own tokens."""
+    names = ("k", "v", "the token's own k", "the token's own v")
+    for name, x in zip(names, kv, strict=False):
         if x.dtype not in (q.dtype, FLOAT8):
             raise BackendError(f"decode attention needs q and {name} in one dtype, got {q.dtype} and {x.dtype}")
     head_dim = q.shape[2]
-    assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv, *own))
+    assert all(x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim) for x in (q, *kv))
     assert rows.stride(-1) == 1 and lengths.is_contiguous()
 
 
-def _in_words(source: str, q: Tensor, kv: tuple[Tensor, Tensor]) -> bool:
-    """Whether the rows are read as words of two E4M3 numbers. Queries in float32 would not fit a float16."""
+def in_words(q: Tensor, kv: tuple[Tensor, Tensor]) -> bool:
+    """Whether rows can be read as words of two E4M3 numbers. Queries in float32 would not fit a float16."""
     in_float8 = all(x.dtype == FLOAT8 and x.stride(0) % 2 == 0 and x.data_ptr() % 2 == 0 for x in kv)
-    return in_float8 and source != "ring" and q.itemsize == 2 and q.shape[2] % 2 == 0
+    return in_float8 and q.itemsize == 2 and q.shape[2] % 2 == 0

@@ -24,9 +24,8 @@ def gather_attention(
     """
     k = selection.rows.shape[1]
     tiles = tiles or _tiles(q, memory.k, k)
-    return attend_rows(
-        "list", k, q, (memory.k, memory.v), None, selection.rows, selection.lengths, None, tiles, fresh=fresh
-    )
+    kv = (memory.k, memory.v)
+    return attend_rows("list", k, q, kv, None, selection.rows, selection.lengths, tiles, fresh=fresh)
 
 
 def _tiles(q: Tensor, k: Tensor, max_keys: int) -> AttentionTiles:
@@ -98,4 +97,4 @@ def compact_attention(q: Tensor, compact: CompactRows, tiles: AttentionTiles | N
     """`gather_attention` of the selection that `compact` was made from."""
     k = compact.k.shape[0] // max(1, q.shape[0])
     tiles = tiles or _tiles(q, compact.k, k)
-    return attend_rows("block", k, q, (compact.k, compact.v), None, compact.lengths, compact.lengths, None, tiles)
+    return attend_rows("block", k, q, (compact.k, compact.v), None, compact.lengths, compact.lengths, tiles)

@@ -8,13 +8,13 @@ import triton.language as tl
 from clsa_cuda.kernels.tiles import next_power_of_2
 
 
-def merged(splits: int, pairs: int, heads: int, head_dim: int, num_warps: int, sm_count: int) -> int:
+def merged(splits: int, programs: int, heads: int, head_dim: int, num_warps: int, sm_count: int) -> int:
     """How many splits the last program reads at once: each round is a trip to L2, and what is read are registers.
 
-    A program that shares its multiprocessor can spare a quarter of them. A query that fills an H200 alone has 33
-    splits, one round. Each value is a kernel more to compile.
+    Programs that share a multiprocessor, as they do where they are more than those, can spare a quarter of them. A
+    query that fills an H200 alone has 33 splits, one round. Each value is a kernel more to compile.
     """
-    registers = 132 if pairs * splits <= sm_count else 34  # of a thread, beside those it has anyway
+    registers = 132 if programs <= sm_count else 34  # of a thread, beside those it has anyway
     most = registers * 32 * num_warps // (next_power_of_2(heads) * next_power_of_2(head_dim))
     counts = [n for n in (2, 4, 8, 17, 33) if n <= most] or [1]
     return next((n for n in counts if n >= splits), counts[-1])
@@ -26,6 +26,7 @@ def merge_splits(
     sums,
     out,
     splits,
+    row_step,  # results from a head's first to that of the next
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -37,7 +38,7 @@ def merge_splits(
     d = tl.arange(0, BLOCK_D)
     there = h < HEADS
     mask = there[:, None] & (d < D)[None, :]
-    tile = h[:, None] * splits * D + d[None, :]
+    tile = h[:, None] * row_step * D + d[None, :]
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -50,13 +51,14 @@ def merge_splits(
         for first in tl.static_range(0, UNROLL if MANY else 0, 32):
             j = first + tl.arange(0, 32)[None, :]
             live = there[:, None] & (j < UNROLL) & (start + j < splits)
-            at = sums + h[:, None] * splits + start + j
+            at = sums + h[:, None] * row_step + start + j
             spread += (tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg"),)  # type: ignore[assignment]
         for j in tl.static_range(UNROLL):
             i = start + j
             live = i < splits
             part = tl.load(partial + tile + i * D, mask=mask & live, other=0.0, cache_modifier=".cg")
-            share = tl.load(sums + h * splits + i, mask=there & live, other=float("-inf"), cache_modifier=".cg")
+            at = sums + h * row_step + i
+            share = tl.load(at, mask=there & live, other=float("-inf"), cache_modifier=".cg")
             parts += (part,)  # type: ignore[assignment]
             shares += (share,)  # type: ignore[assignment]
 

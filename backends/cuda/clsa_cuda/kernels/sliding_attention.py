@@ -29,8 +29,7 @@ def sliding_attention(
     num_queries, _, head_dim = q.shape
     tiles = tiles or attention_tiles(num_queries, k.shape[1], window.size, head_dim, q.itemsize, limits(q.device))
     kv, slots = (window.k, window.v), queries.window_slots
-    positions, sequence = queries.positions, queries.sequence
-    return attend_rows("ring", window.size, q, kv, (k, v), slots, positions, sequence, tiles, fresh=fresh)
+    return attend_rows("ring", window.size, q, kv, (k, v), slots, queries.positions, tiles, fresh=fresh)
 
 
 def attend_window(
@@ -51,6 +50,5 @@ def attend_window(
     tiles = tiles or attention_tiles(num_queries, k.shape[1], window.size, head_dim, q.itemsize, limits(q.device))
     arrival = Arrival(norms, plain.frequencies(head_dim // 2, norms.theta, q.device), ring_mapping)
     kv, slots = (window.k, window.v), queries.window_slots
-    positions, sequence = queries.positions, queries.sequence
-    o = attend_rows("ring", window.size, q, kv, (k, v), slots, positions, sequence, tiles, arrival, fresh)
+    o = attend_rows("ring", window.size, q, kv, (k, v), slots, queries.positions, tiles, arrival, fresh)
     return o, window

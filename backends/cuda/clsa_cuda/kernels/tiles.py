@@ -13,7 +13,6 @@ from clsa.errors import BackendError
 
 MAX_SELECTED = 8192  # of `select`: counts in a scan share 32 bits
 MAX_SPLITS = 64  # of an attention: one program merges so many results
-_BESIDE_BUFFERS = 8 << 10  # bytes of shared memory of an attention, at most, for queries and weights
 _MAX_BUFFERS = 6
 _SEARCH_TILE = 16384  # maxima that a program searches at once: 32 in each thread of 16 warps
 _LIST_TILE = 8192  # tokens that a program goes through at once
@@ -155,9 +154,8 @@ def attention_tiles(
     """Programs that fill the multiprocessors at once, each with a few blocks of keys on their way.
 
     Measured on an H200 (docs/log.md). There should be as many of them as fit: programs that start while the kernel in
-    front still ends pile up where it ends first. Where all of a context is read, the shared memory decides how many a
-    multiprocessor takes, elsewhere the registers: of blocks of 128 one, or two if the first keys do not wait, of 64
-    two, of 32 three.
+    front still ends pile up where it ends first. The registers decide how many a multiprocessor takes: of blocks of 128
+    one, or two if the first keys do not wait, of 64 two, of 32 three.
     """
     row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
     pairs = max(1, num_queries * kv_heads)
@@ -167,8 +165,6 @@ def attention_tiles(
         shape = _of_window(pairs, device.sm_count)
     elif pairs * (max_keys // 128) <= device.sm_count:
         shape = _Shape(128, max_keys // 128, 0, True)  # a block each
-    elif max_keys > 2 * MAX_SELECTED:
-        shape = _of_context(pairs, row_bytes, device)
     else:
         shape = _of_selection(pairs, max_keys, row_bytes, device.sm_count)
     first = shape.buffers == 0 or shape.last  # the block that is read first counts as a buffer
@@ -189,6 +185,42 @@ def attention_tiles(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ContextTiles:
+    """Of decode attention over whole contexts: keys per block, and programs, which share all work evenly."""
+
+    block_n: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@remembered
+def context_tiles(pairs: int, head_dim: int, itemsize: int, device: Limits) -> ContextTiles:
+    """One program a multiprocessor, with so much on its way that a second one finds no place there.
+
+    Of `pairs` of query and KV head. Where that leaves few multiprocessors idle, the programs are a multiple of the
+    pairs or a divisor: then none of them has pieces of two, as long as all sequences are of one length.
+    """
+    row_bytes = 2 * next_power_of_2(head_dim) * itemsize  # K and V
+    if itemsize == 4:  # products are made in registers, not by tensor cores
+        return ContextTiles(16, 2 * device.sm_count, 4, 5)
+    room, block_n = _room(device), 128
+    while block_n > 16 and 2 * block_n * row_bytes > room:
+        block_n //= 2
+    buffers = min(_MAX_BUFFERS, max(1, room // (block_n * row_bytes)))
+    # Page numbers take as many stages as the rows that are found by them.
+    return ContextTiles(block_n, _even(pairs, device.sm_count), 8 if block_n == 128 else 4, 2 * buffers + 1)
+
+
+def _even(pairs: int, sm_count: int) -> int:
+    enough = sm_count * 15 // 16
+    for programs in range(sm_count, max(enough, 1) - 1, -1):
+        if programs % pairs == 0 or pairs % programs == 0:
+            return programs
+    return sm_count
+
+
 def _room(device: Limits) -> int:
     """Bytes of shared memory for the blocks on their way of a program."""
     return device.shared_memory * 3 // 5
@@ -203,26 +235,6 @@ def _of_window(pairs: int, sm_count: int) -> _Shape:
     if splits == 1 and 2 * pairs <= sm_count:  # two programs each, one for the own token among them
         return _Shape(64, 3, 1, last=True)
     return _Shape(128, splits, 1, last=True)
-
-
-def _of_context(pairs: int, row_bytes: int, device: Limits) -> _Shape:
-    """One program a multiprocessor where that fills them, or two, or three: with so much on its way that no more fit.
-
-    That is a block more than there are programs, and blocks are as large as they can be then.
-    """
-    alone, two, three = (min(MAX_SPLITS, n * device.sm_count // pairs) for n in (1, 2, 3))
-    if 16 * alone * pairs >= 15 * device.sm_count:
-        programs, splits = 1, alone
-    elif 2 * three >= 3 * two:  # fills its places as well
-        programs, splits = 3, three
-    else:
-        programs, splits = 2, two
-    room = min(_room(device), device.shared_memory // programs - _BESIDE_BUFFERS)
-    block_n = 128
-    while block_n > 32 and (programs + 1) * block_n * row_bytes > room:
-        block_n //= 2
-    buffers = min(_MAX_BUFFERS, max(1, room // (block_n * row_bytes)))
-    return _Shape(block_n, splits, buffers, last=False, warps=8 if programs == 1 else 4)
 
 
 def _of_selection(pairs: int, max_keys: int, row_bytes: int, sm_count: int) -> _Shape:
