@@ -49,6 +49,7 @@ class Data:
         return torch.randn(*shape, generator=self.generator, device=DEVICE, dtype=torch.bfloat16)
 
     def queries(self, batch: int, length: int = CONTEXT, first: int = 0) -> Queries:
+        """A decode step of `batch` sequences of `length` tokens."""
         sequence = torch.arange(batch, dtype=torch.int32, device=DEVICE)
         positions = torch.full((batch,), length - 1, dtype=torch.int32, device=DEVICE)
         table = self.table[first : first + batch]
@@ -98,6 +99,7 @@ def cases(tune: bool) -> Iterator[Case]:
     for batch in (1, 8, 32):
         yield from dense_cases(batch)
         yield from sliding_cases(batch)
+    yield from uneven_cases()
     for batch in (1, 32):
         yield from write_cases(batch)
     if tune:
@@ -206,6 +208,24 @@ def dense_cases(batch: int) -> Iterator[Case]:
     tiles = context_tiles(batch * G, D, 2, limits(DEVICE))
     yield Case(f"dense 128K         batch {batch:2d}", "dense", size, None, dense_calls(batch, "kernel"), tiles)
     yield Case(f"  torch sdpa       batch {batch:2d}", "torch", size, None, dense_calls(batch, "torch"))
+
+
+def uneven_cases() -> Iterator[Case]:
+    """Whole contexts in a step whose rows differ: 13 of 16 there, lengths from 1K to 128K, one long sequence of 32."""
+    spread = torch.linspace(1024, CONTEXT, 32).int()
+    lengths = {
+        "13 of 16": torch.tensor([CONTEXT] * 13 + [0] * 3, dtype=torch.int32),
+        "1K to 128K, 32": spread[torch.randperm(32, generator=torch.Generator().manual_seed(0))],
+        "one 128K, 31 4K": torch.tensor([4096] * 16 + [CONTEXT] + [4096] * 15, dtype=torch.int32),
+    }
+    for name, length in lengths.items():
+
+        def build(data: Data, length: Tensor = length) -> list[Call]:
+            queries = replace(data.queries(len(length)), positions=length.to(DEVICE) - 1)
+            q = data.normal(len(length), H, D)
+            return [partial(dense_attention.dense_attention, q, data.memory, queries)] * 3
+
+        yield Case(f"dense {name}", "dense", int(length.sum()) * ROW, None, build)
 
 
 def sliding_calls(batch: int, tiles: Any) -> Callable[[Data], list[Call]]:
