@@ -102,8 +102,8 @@ def test_all_tile_sizes(
     ops: Ops, group: int, search_tile: int, pick_splits: int, chosen_tile: int, values: int
 ) -> None:
     """Maxima, slices and lists larger than the tiles they go in, and smaller: the same selection."""
-    if DEVICE == "cpu" and (group, search_tile, pick_splits, values) == (64, 32, 5, 2):
-        pytest.skip("the interpreter takes a minute for it")
+    if DEVICE == "cpu" and (group, search_tile, values) == (64, 32, 2) and pick_splits > 1:
+        pytest.skip("the interpreter takes half a minute or a whole one for it")
     rng = np.random.default_rng(2)
     step = layout(rng, [Chunk(n - 1, 1) for n in (800, 333, 5)])
     k_idx = rounded(rng.integers(0, values, (step.num_rows, 1)), "float32")
