@@ -175,8 +175,7 @@ def main() -> None:
     parser.add_argument("--fp8", default="", help='what is held in 8 bits, cases with commas: ",weights,weights+kv"')
     args = parser.parse_args()
     bandwidth = measured_read_bandwidth()
-    result: dict[str, Any] = provenance() | {"device": torch.cuda.get_device_name()}
-    result |= {"read_bandwidth": bandwidth, "rows": []}
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "read_bandwidth": bandwidth, "rows": []}
     for plan in args.plans.split(","):
         for context in map(int, args.contexts.split(",")):
             for batch, case in itertools.product(map(int, args.batches.split(",")), args.fp8.split(",")):
@@ -201,7 +200,7 @@ def main() -> None:
                 bench = None
                 torch.cuda.empty_cache()
                 with open(args.out, "w", encoding="utf-8") as file:
-                    json.dump(result, file, indent=1)
+                    json.dump(provenance() | result, file, indent=1)  # versions of what was loaded
 
 
 if __name__ == "__main__":

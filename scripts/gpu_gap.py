@@ -106,7 +106,6 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    facts = provenance() | {"device": torch.cuda.get_device_name()}
     for batch in map(int, args.batches.split(",")):
         rows.append(measure(batch))
         print({name: value for name, value in rows[-1].items() if name != "events"}, flush=True)
@@ -115,7 +114,8 @@ def main() -> None:
         gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
         if args.out is not None:
-            args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            result = provenance() | {"device": torch.cuda.get_device_name(), "rows": rows}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

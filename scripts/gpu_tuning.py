@@ -130,9 +130,8 @@ def context_cases(batch: int) -> Iterator[Case]:
     shapes = ((128, 1, 8, 5), (128, 1, 4, 5), (64, 1, 8, 9), (64, 2, 4, 7), (32, 3, 4, 9))
     for (block_n, per_sm, warps, stages), idle in itertools.product(shapes, (0, 4)):
         tiles = ContextTiles(block_n, per_sm * (limits(DEVICE).sm_count - idle), warps, stages)
-        calls = (dense_calls(batch, "kernel", chosen) for chosen in (tiles, None))
-        size = batch * CONTEXT * ROW
-        yield Case(f"tune dense batch {batch}", "dense", size, None, next(calls), tiles, True, next(calls))
+        build, size = dense_calls(batch, "kernel", tiles), batch * CONTEXT * ROW
+        yield Case(f"tune dense batch {batch}", "dense", size, None, build, tiles, True, dense_calls(batch, "kernel"))
 
 
 def compare(got: Any, want: Any) -> None:

@@ -33,8 +33,8 @@ the rows of x again (what that costs: docs/log.md, 2026-11-28). What would be ne
 Triton 3.6 does not offer), and an attention over windows that fills its memory as the products do. Dense attention at batch 1 reads at {dense:.0%} of
 the ceiling; the rest is its start, where a page table stands between a position and the first key, and its merge of 33 results.
 
-One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read, and which
-commit it ran. Not run since dense attention shares its work evenly (docs/log.md, 2026-11-29), which CLSA does not use: `clsa bench paper`, whose Transformer and YOCO are slower
+One H200 is not another: cards differ in what they read, and the steps with them (docs/log.md, 2026-11-28); each file says what its card read, and from
+2026-11-29 on which commit it ran. Not run since dense attention shares its work evenly (docs/log.md, 2026-11-29), which CLSA does not use: `clsa bench paper`, whose Transformer and YOCO are slower
 at 8K than they would be now, and `capacity`. Some of the prompts of 8K that `paper` timed also recorded their last step (docs/log.md). Not run again for longer: prefill of 64
 prompts, the long answer and KD loss.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import weakref
@@ -21,6 +22,7 @@ from clsa.bench.op_cases import EACH_CONTEXT, OPS, OpInputs
 from clsa.bench.paper import end_to_end
 from clsa.bench.random_arrays import random_params
 from clsa.bench.sizes import PLANS, plan_config
+from clsa.bench.steps import _time_prompts
 from clsa.errors import ClsaError
 from clsa.ops import Ops
 from clsa_cli.main import app
@@ -231,6 +233,24 @@ def test_a_long_prefill_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     _, got = run("prefill", *TINY, "--contexts", "256", "--plans", "clsa", "--short", "256")
     (row,) = got["rows"]
     assert "estimated" in row["note"] and row["tokens_per_second"] == pytest.approx(256 / row["seconds"])
+
+
+@pytest.mark.parametrize("seconds, rehearsals", [(0.1, 3), (2.0, 1)])
+def test_prompts_rehearse_until_what_they_record_is_recorded(
+    seconds: float, rehearsals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second and the third of a shape record it; those that take seconds anyway may."""
+    prompts: list[list[int]] = []
+    engine = SimpleNamespace(make_request=lambda prompt, _: prompts.append(prompt), add=lambda _: None, has_work=False)
+    clock = itertools.count(step=seconds)
+    monkeypatch.setattr("clsa.bench.steps.make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr("clsa.bench.steps.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    bench: Any = SimpleNamespace(
+        ops=spec, dtype="float32", stored=None, settings=SimpleNamespace(tokens_per_step=64, seconds=0.0)
+    )
+    times = _time_prompts(bench, plan_config("tiny", "clsa", 100), {}, 1, 10, 1)
+    assert times.samples == pytest.approx([seconds]) and len(prompts) == rehearsals + 1
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts), "a prefix cache would know them"
 
 
 def test_recorded_steps_are_let_go_before_memory_is_measured() -> None:
