@@ -59,6 +59,13 @@ class Graph:
         self.works: list[Work] = []
         self.made: list[Tensor] = []  # in the pool that graphs share: free for those that are recorded later
 
+    def capture_begin(self, pool: str | None, *, capture_error_mode: str) -> None:
+        self.gpu.graphs.append(self)
+        self.gpu.capturing = self
+
+    def capture_end(self) -> None:
+        self.gpu.capturing = None
+
     def replay(self) -> None:
         others = [x for graph in self.gpu.graphs if graph is not self for x in graph.made]
         self.gpu.queue(lambda: [x.fill_(-1 - x.numel()) for x in others])
@@ -80,7 +87,7 @@ class FakeCuda:
         self._random = random.Random(seed)
         self.main = self.current = Stream()
         self._streams, self._weights = [self.main], [self._weight()]
-        self._capturing: Graph | None = None
+        self.capturing: Graph | None = None
         self.graphs: list[Graph] = []
         self.is_late = False  # nothing runs before somebody waits for it
         copy, add, zeros = Tensor.copy_, torch.add, torch.zeros
@@ -95,8 +102,8 @@ class FakeCuda:
 
         def made(*args: Any, **kwargs: Any) -> Tensor:
             new = zeros(*args, **kwargs)
-            if self._capturing is not None:
-                self._capturing.made.append(new)
+            if self.capturing is not None:
+                self.capturing.made.append(new)
             return new
 
         patch.setattr(torch, "zeros", made)
@@ -110,14 +117,13 @@ class FakeCuda:
             "set_device": lambda device: None,
             "current_stream": lambda device=None: self.current,
             "stream": self._stream,
-            "graph": self._graph,
         }.items():
             patch.setattr(torch.cuda, name, value)
 
     def queue(self, work: Work) -> None:
         """What a launch does."""
-        if self._capturing is not None:
-            self._capturing.works.append(work)
+        if self.capturing is not None:
+            self.capturing.works.append(work)
             return
         self.current.queue.append(work)
         self.current.works.append(work)
@@ -156,14 +162,3 @@ class FakeCuda:
             yield
         finally:
             self.current = before
-
-    @contextmanager
-    def _graph(self, graph: Graph, pool: Any, stream: Stream, *, capture_error_mode: str) -> Iterator[None]:
-        """Where recording fails, torch leaves its stream behind."""
-        self.graphs.append(graph)
-        self.current, before, self._capturing = stream, self.current, graph
-        try:
-            yield
-        finally:
-            self._capturing = None
-        self.current = before

@@ -119,6 +119,24 @@ def test_a_failing_step_leaves_nothing_half_made(call: int, monkeypatch: pytest.
     run.steps(8, [(3, 2), (3, 7)], 1)
 
 
+def test_memory_that_torch_keeps_is_given_back_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, run = fake_run(monkeypatch, 3)
+    compute = run.recorder._compute
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(gpu.graphs)))
+
+    def short(*args: Any) -> Any:
+        result = compute(*args)
+        if gpu.capturing is not None and len(gpu.graphs) == 2 and not emptied:
+            raise torch.OutOfMemoryError
+        return result
+
+    run.recorder._compute = short
+    run.steps(20, [(3, 2)], 1)
+    assert emptied == [2] and len(gpu.graphs) == 3, "one recording of two was made again"
+    assert all(r.graph is not None for r in run.recorder._graphs.values())
+
+
 def test_what_a_graph_depends_on() -> None:
     inputs = step_inputs(random.Random(0), 3, 2, 0, 1)
     again = step_inputs(random.Random(1), 4, 2, 0, 5)

@@ -191,6 +191,26 @@ def test_a_failing_recording_on_a_gpu() -> None:
 
 
 @pytest.mark.cuda
+def test_a_recording_needs_what_torch_keeps() -> None:
+    run = gpu_run("cuda:0", 6)
+    compute, short = run.recorder._compute, 3 << 30
+    torch.cuda.empty_cache()
+
+    def large(*args: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(short, dtype=torch.uint8, device="cuda:0")
+        return compute(*args)
+
+    run.recorder._compute = large
+    run.steps(1, [(3, 2)], 1)
+    torch.empty(torch.cuda.mem_get_info()[0] - short // 2, dtype=torch.uint8, device="cuda:0")  # kept, not in use
+    assert torch.cuda.mem_get_info()[0] < short
+    run.steps(20, [(3, 2)], 1)
+    assert all(recording.graph is not None for recording in run.recorder._graphs.values())
+    assert torch.cuda.memory_reserved() < 2 * short
+
+
+@pytest.mark.cuda
 def test_threads_and_devices() -> None:
     """Two recorders on each GPU, each in a thread of its own; they record while others replay."""
     devices = [f"cuda:{i}" for i in range(min(2, torch.cuda.device_count()))]

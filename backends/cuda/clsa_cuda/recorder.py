@@ -124,19 +124,29 @@ class Recorder:
 
     def _record(self, recording: _Recording, kinds: list[_Kind | None], state: State) -> None:
         """Recording computes nothing; the state is written in place, so its addresses are good for every replay."""
-        graph, capture = torch.cuda.CUDAGraph(), streams(self._device).capture
-        results = self._results(kinds)
-        # The inner context leaves its stream behind where a capture fails; the outer one puts the current one back.
-        # Other threads may allocate and wait meanwhile, only this one may not.
-        with (
-            _one_capture,
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, self._pool, capture, capture_error_mode="thread_local"),
-        ):
-            sampled, _ = self._compute(recording.inputs, self._turns[1 - self._turn].tokens, state)
-            for x, result in zip(_fields(sampled), results, strict=True):
-                if x is not None:
-                    torch.add(x, 0, out=result)  # a kernel: a copy would become two nodes
+        with _one_capture:
+            try:
+                return self._capture(recording, kinds, state)
+            except torch.OutOfMemoryError:
+                pass  # behind this line nothing refers any more to what the failed one made
+            torch.cuda.empty_cache()  # while it captures, torch doesn't by itself
+            self._capture(recording, kinds, state)
+
+    def _capture(self, recording: _Recording, kinds: list[_Kind | None], state: State) -> None:
+        """Other threads may allocate and wait meanwhile, only this one may not.
+
+        (`torch.cuda.graph` would first wait for the device and empty torch's cache, which takes milliseconds.)
+        """
+        graph, results = torch.cuda.CUDAGraph(), self._results(kinds)
+        with torch.cuda.stream(streams(self._device).capture):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                sampled, _ = self._compute(recording.inputs, self._turns[1 - self._turn].tokens, state)
+                for x, result in zip(_fields(sampled), results, strict=True):
+                    if x is not None:
+                        torch.add(x, 0, out=result)  # a kernel: a copy would become two nodes
+            finally:
+                graph.capture_end()
         self._pool = self._pool or graph.pool()
         recording.graph, recording.sampled = graph, Sampled(*results) if results else None
 

@@ -172,10 +172,11 @@ def _attend_pages_kernel(
     blocks = tl.cdiv(tl.load(positions + t, mask=t < num_queries, other=-1) + 1, BLOCK_N)
     unseeing = tl.sum(((blocks == 0) & (t < num_queries)).to(tl.int32), axis=0)
     ends = tl.cumsum(blocks * KV_HEADS, axis=0)  # of the work of each query
-    total = tl.maximum(tl.max(ends, axis=0), 1).to(tl.int64)
+    behind = tl.max(ends, axis=0).to(tl.int64)
+    total = tl.maximum(behind, 1)
     programs = tl.minimum(tl.num_programs(0), total)  # no piece is empty; programs behind them have none
     at = (total * i // programs).to(tl.int32)
-    end = tl.minimum(tl.minimum(total * (i + 1) // programs, total).to(tl.int32), tl.max(ends, axis=0))
+    end = tl.minimum(total * (i + 1) // programs, behind).to(tl.int32)
     query, g, begin, of_head, count, table, lowest, parts = _piece_at(
         at, ends, total, programs, positions, sequence, table_stride, num_queries, KV_HEADS
     )
@@ -213,9 +214,10 @@ def _attend_pages_kernel(
                 )
                 tl.store(arrived + lowest, 0)
         at = begin + stop
-        query, g, begin, of_head, count, table, lowest, parts = _piece_at(
-            at, ends, total, programs, positions, sequence, table_stride, num_queries, KV_HEADS
-        )
+        if at < end:  # the look-up is a trip to memory, and most programs have one piece
+            query, g, begin, of_head, count, table, lowest, parts = _piece_at(
+                at, ends, total, programs, positions, sequence, table_stride, num_queries, KV_HEADS
+            )
 
     if unseeing > 0:
         for unseen in range(i, num_queries, tl.num_programs(0)):

@@ -214,6 +214,7 @@ def context_tiles(pairs: int, head_dim: int, itemsize: int, device: Limits) -> C
 
 
 def _even(pairs: int, sm_count: int) -> int:
+    """The highest multiple or divisor of `pairs` that leaves at most a sixteenth idle; all of them if there is none."""
     enough = sm_count * 15 // 16
     for programs in range(sm_count, max(enough, 1) - 1, -1):
         if programs % pairs == 0 or pairs % programs == 0:
