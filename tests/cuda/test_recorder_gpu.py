@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -194,6 +195,7 @@ def test_a_failing_recording_on_a_gpu() -> None:
 def test_a_recording_needs_what_torch_keeps() -> None:
     run = gpu_run("cuda:0", 6)
     compute, short = run.recorder._compute, 3 << 30
+    gc.collect()  # models of other tests, whose recorders refer to what they record
     torch.cuda.empty_cache()
 
     def large(*args: Any) -> Any:
@@ -207,7 +209,7 @@ def test_a_recording_needs_what_torch_keeps() -> None:
     assert torch.cuda.mem_get_info()[0] < short
     run.steps(20, [(3, 2)], 1)
     assert all(recording.graph is not None for recording in run.recorder._graphs.values())
-    assert torch.cuda.memory_reserved() < 2 * short
+    assert torch.cuda.mem_get_info()[0] > short, "what torch kept is given back"
 
 
 @pytest.mark.cuda
