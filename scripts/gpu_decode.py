@@ -9,6 +9,7 @@ the step is timed through `Recorder` with its host work, one step ahead, as in t
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -198,6 +199,7 @@ def main() -> None:
                 for name, ms, count in row.get("kernels", [])[:14]:
                     print(f"    {ms:8.4f} ms {count:4d}x {name}", flush=True)
                 bench = None
+                gc.collect()  # a recorder refers to what it records; later it would be in the middle of a timing
                 torch.cuda.empty_cache()
                 with open(args.out, "w", encoding="utf-8") as file:
                     json.dump(provenance() | result, file, indent=1)  # versions of what was loaded
