@@ -43,6 +43,8 @@ PARTS = {
         120,
     ),
     "prefill": ("scripts/gpu_prefill.py --out {out}/prefill_kernels.json", 180),
+    "prefill_engine": ("scripts/gpu_prefill.py --skip checks,kernels --out {out}/prefill_engine.json", 60),
+    "sustained": ("scripts/gpu_sustained.py --out {out}/sustained.json", 90),
     "long": ("scripts/gpu_long.py --parts answer --out {out}/long.json", 150),
     "serve": ("scripts/gpu_long.py --parts serve --out {out}/served.json", 200),
     "million": ("scripts/gpu_long.py --parts million --out {out}/million.json", 90),

@@ -12,7 +12,7 @@ import pytest
 
 from clsa.bench.sizes import plan_config
 from clsa.params import state_bytes_per_token
-from scripts.performance_table import long_lines, profile_lines
+from scripts.performance_sections import long_lines, profile_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--sizes tiny --device cpu --context 300 --tokens 50 --million 900 --million-steps 12 --requests 3 --answer 20"

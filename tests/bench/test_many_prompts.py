@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.performance_table import batch_lines
+from scripts.performance_sections import batch_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--sizes tiny --device cpu --requests 8 --prompt 40 --answer 30 --cases 4x64,2x32"
