@@ -35,6 +35,41 @@ class Launched:
     num_rows: int
 
 
+class _Computation:
+    """What a step computes on the device: a recorder refers to this and not to the runner, which refers to it.
+
+    With the runner in its place, weights and state would stay until Python happens to look for cycles, as it rarely
+    does for a few objects, however many bytes they hold.
+    """
+
+    def __init__(self, ops: Ops, params: Params, plan: Plan) -> None:
+        self.ops, self._params, self._plan = ops, params, plan
+
+    def __call__(
+        self, inputs: StepInputs | RestInputs, previous: Array | None, state: State
+    ) -> tuple[Sampled | None, State]:
+        """One step, or what is left of it: to the samples."""
+        ops = self.ops
+        if isinstance(inputs, RestInputs):
+            rows: Rows | None = inputs.rows
+        else:
+            rows, state = self.enter(inputs, previous, state)
+        sampling = inputs.sampling
+        if rows is None or sampling is None:
+            return None, state
+        logits = leave(ops, self._params, self._plan, rows, state)
+        if sampling.penalty_tokens is not None:
+            seen = resolve(ops, sampling.penalty_tokens, inputs.penalty_source, previous)
+            sampling = replace(sampling, penalty_tokens=seen)
+        return ops.sample(logits, sampling), state
+
+    def enter(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Rows | None, State]:
+        """From tokens to the prefill exit."""
+        batch = inputs.batch
+        batch = replace(batch, tokens=resolve(self.ops, batch.tokens, inputs.token_source, previous))
+        return enter(self.ops, self._params, self._plan, batch, state)
+
+
 class Runner:
     """Owns the state on the device and runs one step at a time; only `read` waits for the device.
 
@@ -53,7 +88,7 @@ class Runner:
         stored: MemoryDtypes = MODEL_DTYPE,
     ) -> None:
         """`max_pages` is the longest page table that a sequence can have."""
-        self._ops, self._params, self._plan = ops, params, plan
+        self._ops, self._plan, self._compute = ops, plan, _Computation(ops, params, plan)
         self._dtype, self._num_rows, self._num_slots = dtype, num_pages * PAGE_SIZE, num_slots
         self._max_pages, self._stored = max_pages, stored
         self._state: State | None = self._new_state()
@@ -115,33 +150,9 @@ class Runner:
         # The queries of the rest stay on the host, where what is recorded wants them.
         first = upload(ops, StepInputs(replace(padded.batch, logits_queries=None), None, padded.token_source, None))
         batch = replace(first.batch, logits_queries=padded.batch.logits_queries)
-        rows, state = self._enter(replace(first, batch=batch), previous, state)
+        rows, state = self._compute.enter(replace(first, batch=batch), previous, state)
         assert rows is not None
         return recorded(RestInputs(rows, padded.sampling, padded.penalty_source), previous, state)
-
-    def _compute(
-        self, inputs: StepInputs | RestInputs, previous: Array | None, state: State
-    ) -> tuple[Sampled | None, State]:
-        """One step on the device, or what is left of it: to the samples."""
-        ops = self._ops
-        if isinstance(inputs, RestInputs):
-            rows: Rows | None = inputs.rows
-        else:
-            rows, state = self._enter(inputs, previous, state)
-        sampling = inputs.sampling
-        if rows is None or sampling is None:
-            return None, state
-        logits = leave(ops, self._params, self._plan, rows, state)
-        if sampling.penalty_tokens is not None:
-            seen = resolve(ops, sampling.penalty_tokens, inputs.penalty_source, previous)
-            sampling = replace(sampling, penalty_tokens=seen)
-        return ops.sample(logits, sampling), state
-
-    def _enter(self, inputs: StepInputs, previous: Array | None, state: State) -> tuple[Rows | None, State]:
-        """From tokens to the prefill exit."""
-        batch = inputs.batch
-        batch = replace(batch, tokens=resolve(self._ops, batch.tokens, inputs.token_source, previous))
-        return enter(self._ops, self._params, self._plan, batch, state)
 
     def _new_state(self) -> State:
         return new_state(self._ops, self._plan, self._num_rows, self._num_slots, self._dtype, self._stored)

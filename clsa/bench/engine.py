@@ -30,7 +30,7 @@ _PROMPT_TOKENS = 250  # different ones: small integers cost no memory, however l
 
 
 def free_bytes(ops: Ops) -> int:
-    """What is free once everything is let go that nobody uses: an engine whose steps are recorded refers to itself."""
+    """What is free once everything is let go that nobody uses, whatever refers to itself included."""
     gc.collect()
     release_cache(ops)
     return ops.memory_stats()["free"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -135,6 +137,22 @@ def test_memory_that_torch_keeps_is_given_back_for_a_recording(monkeypatch: pyte
     run.steps(20, [(3, 2)], 1)
     assert emptied == [2] and len(gpu.graphs) == 3, "one recording of two was made again"
     assert all(r.graph is not None for r in run.recorder._graphs.values())
+
+
+def test_it_goes_with_its_last_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with it the memory of its graphs: neither it nor its steps leave cycles to Python's collector."""
+    _, run = fake_run(monkeypatch, 4)
+    gone = weakref.ref(run.recorder)
+    run.steps(2, [(3, 2)], 1)  # whatever is imported by then
+    gc.collect()
+    gc.disable()
+    try:
+        run.steps(12, [(3, 2), (3, 7)], 1, rests=0.4)
+        del run
+        assert gone() is None
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_what_a_graph_depends_on() -> None:

@@ -91,6 +91,12 @@ def load(backend: str = "numpy", model: Path | None = None, **engine: Any) -> LL
     )
 
 
+def exchange_ops(llm: LLM, ops: Any) -> None:
+    """Let the next steps use other ops."""
+    runner = llm._engine._runner
+    runner._ops = runner._compute.ops = ops
+
+
 on_backends = pytest.mark.parametrize(
     "backend", ["numpy", pytest.param("mlx", marks=pytest.mark.mlx), pytest.param("cuda", id="cuda-cpu")]
 )

@@ -258,7 +258,7 @@ def test_a_device_that_fails_is_an_error_and_no_more(tmp_path: Path) -> None:
     path, llm = tmp_path / "cache", load()
     load().save_cache(path, PROMPT)
     failing = models.Failing(llm._ops)
-    llm._engine._runner._ops = failing
+    models.exchange_ops(llm, failing)
     for function, act in (
         ("write_window", lambda: llm.load_cache(path)),
         ("take", lambda: llm._engine.read_prefix(PROMPT, "")),

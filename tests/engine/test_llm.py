@@ -214,7 +214,8 @@ def test_an_open_stream_does_not_keep_generate_waiting(llm: LLM) -> None:
 
 def failing(llm: LLM) -> models.Failing:
     ops = models.Failing(llm._ops)
-    llm._engine._runner._ops = llm._ops = cast(Any, ops)
+    llm._ops = cast(Any, ops)
+    models.exchange_ops(llm, ops)
     return ops
 
 

@@ -22,7 +22,7 @@ from clsa.model import forward, new_state
 from clsa.request import Request
 from clsa.residency import num_pages
 from tests.engine import models
-from tests.engine.models import CONFIG, on_backends
+from tests.engine.models import CONFIG, exchange_ops, on_backends
 
 DOCUMENT = [int(token) for token in np.random.default_rng(0).integers(2, CONFIG.vocab_size, 700)]
 QUESTIONS = [DOCUMENT[i : i + n] for i, n in enumerate((1, 3, 5, 40, 64, 130))]
@@ -35,7 +35,7 @@ class Recorder:
     def __init__(self, llm: LLM) -> None:
         self._ops = llm._ops
         self.logits: list[np.ndarray] = []
-        llm._engine._runner._ops = self
+        exchange_ops(llm, self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)

@@ -58,7 +58,7 @@ def stepping(llm: LLM, function: str, call: Callable[[], None]) -> None:
                 call()
             return getattr(self._ops, name)
 
-    llm._engine._runner._ops = cast(Any, Hooked(llm._engine._runner._ops))
+    models.exchange_ops(llm, Hooked(llm._engine._runner._ops))
 
 
 @on_backends

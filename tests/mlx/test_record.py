@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ from clsa.model import forward, new_state
 from clsa.ops import Array, Compute, Ops, Sampled, State, StepInputs
 from clsa.plan import make_plan
 from clsa.step import pad_decode
+from tests.engine import models
 from tests.metal.harness.compile import compiler
 from tests.mlx.test_state import Growth, model
 
@@ -56,6 +59,27 @@ def test_the_same_text_as_without(params: clsa.SamplingParams, monkeypatch: pyte
     monkeypatch.setattr(ops, "record", record)
     assert tokens() == plain
     assert 1 <= len(made[0]._steps) <= 3, "three requests of one kind: one shape, or two where not all of them start"
+
+
+def test_weights_go_with_the_last_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python does not look for cycles."""
+    from clsa_mlx import ops
+    from clsa_mlx.record import Recorder
+
+    monkeypatch.setattr(ops, "record", Recorder)
+    llm = models.load("mlx")
+    llm.generate([5, 6, 7], clsa.SamplingParams(max_tokens=5, ignore_eos=True))
+    recorder: Any = llm._engine._runner._recorded
+    assert recorder._steps
+    parts = [weakref.ref(x) for x in (recorder, llm._engine._runner, llm._params["norm"])]
+    del recorder
+    gc.collect()
+    gc.disable()
+    try:
+        del llm
+        assert [part() for part in parts] == [None] * len(parts)
+    finally:
+        gc.enable()
 
 
 def test_a_shape_is_compiled_once(ops: Ops) -> None:

@@ -171,23 +171,22 @@ def _fields(sampled: Sampled | None) -> list[Tensor | None]:
 def _flattened(inputs: _Inputs) -> tuple[Any, list[np.ndarray]]:
     """All that a graph of these inputs depends on, as a key; and their arrays, each of them once."""
     parts: list[Any] = []
-    places: dict[int, int] = {}
     arrays: list[np.ndarray] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            place = places.setdefault(id(value), len(arrays))
-            if place == len(arrays):
-                arrays.append(value)
-            parts.append((place, value.shape, value.dtype))
-        elif isinstance(value, Tensor):
-            parts.append(value.data_ptr())  # recordings are made for where it lies
-        elif (names := getattr(type(value), "__dataclass_fields__", None)) is not None:
-            parts.append(type(value))
-            for name in names:
-                walk(getattr(value, name))
-        else:
-            parts.append(value)
-
-    walk(inputs)
+    _flatten(inputs, parts, arrays, {})
     return tuple(parts), arrays
+
+
+def _flatten(value: Any, parts: list[Any], arrays: list[np.ndarray], places: dict[int, int]) -> None:
+    if isinstance(value, np.ndarray):
+        place = places.setdefault(id(value), len(arrays))
+        if place == len(arrays):
+            arrays.append(value)
+        parts.append((place, value.shape, value.dtype))
+    elif isinstance(value, Tensor):
+        parts.append(value.data_ptr())  # recordings are made for where it lies
+    elif (names := getattr(type(value), "__dataclass_fields__", None)) is not None:
+        parts.append(type(value))
+        for name in names:
+            _flatten(getattr(value, name), parts, arrays, places)
+    else:
+        parts.append(value)

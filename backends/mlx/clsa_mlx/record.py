@@ -39,13 +39,14 @@ class Recorder:
         return Sampled(*sampled, *[None] * (4 - len(sampled))), filled(state, lambda _: next(left))
 
     def _compiled(self, inputs: StepInputs, state: State) -> Step:
-        empty = filled(state, lambda _: mx.zeros(0))  # the closure must not hold the state itself
+        empty = filled(state, lambda _: mx.zeros(0))  # the closure must not hold the state itself,
+        compute = self._compute  # nor the recorder, which holds the closure
 
         def step(given: list[mx.array], before: list[mx.array], held: list[mx.array]) -> Any:
             numbers, left = iter(given), iter(held)
             own = filled(empty, lambda _: next(left))
             batch = map_arrays(inputs, lambda _: next(numbers))
-            sampled, new = self._compute(batch, before[0] if before else None, own)
+            sampled, new = compute(batch, before[0] if before else None, own)
             return list(arrays_in(sampled)), list(arrays_in(new))
 
         return mx.compile(step)
