@@ -133,9 +133,9 @@ class Recorder:
             self._capture(recording, kinds, state)
 
     def _capture(self, recording: _Recording, kinds: list[_Kind | None], state: State) -> None:
-        """Other threads may allocate and wait meanwhile, only this one may not.
+        """A graph of the step. Other threads may allocate and wait meanwhile, only this one may not.
 
-        (`torch.cuda.graph` would first wait for the device and empty torch's cache, which takes milliseconds.)
+        `torch.cuda.graph` is not used because it first waits for the device and empties torch's cache: milliseconds.
         """
         graph, results = torch.cuda.CUDAGraph(), self._results(kinds)
         with torch.cuda.stream(streams(self._device).capture):
