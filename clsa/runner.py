@@ -35,7 +35,7 @@ class Launched:
     num_rows: int
 
 
-class _Computation:
+class Computation:
     """What a step computes on the device: a recorder refers to this and not to the runner, which refers to it.
 
     With the runner in its place, weights and state would stay until Python happens to look for cycles, as it rarely
@@ -88,7 +88,7 @@ class Runner:
         stored: MemoryDtypes = MODEL_DTYPE,
     ) -> None:
         """`max_pages` is the longest page table that a sequence can have."""
-        self._ops, self._plan, self._compute = ops, plan, _Computation(ops, params, plan)
+        self._ops, self._plan, self._compute = ops, plan, Computation(ops, params, plan)
         self._dtype, self._num_rows, self._num_slots = dtype, num_pages * PAGE_SIZE, num_slots
         self._max_pages, self._stored = max_pages, stored
         self._state: State | None = self._new_state()

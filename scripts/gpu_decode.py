@@ -9,11 +9,12 @@ the step is timed through `Recorder` with its host work, one step ahead, as in t
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ import clsa_cuda
 from clsa.batch import SequenceChunk, pack
 from clsa.bench.report import provenance
 from clsa.config import FP8, PAGE_SIZE, MemoryDtypes, ModelConfig, SamplingParams
-from clsa.model import forward, new_state
-from clsa.ops import Sampled, State, StepInputs
+from clsa.model import new_state
+from clsa.ops import StepInputs
 from clsa.params import nest, num_parameters, state_bytes_per_token, tensor_shapes, window_bytes
 from clsa.plan import make_plan
-from clsa.sampling import SamplingRow, pack_sampling, resolve
+from clsa.runner import Computation
+from clsa.sampling import SamplingRow, pack_sampling
 from clsa.step import pad_decode
 from clsa.weights import in_float8
 
@@ -101,14 +103,7 @@ class Bench:
         order = np.random.default_rng(0).permutation(owners * self.pages).reshape(owners, self.pages)
         self.tables = [order[b % owners].astype(np.int32) for b in range(batch)]  # as clsa.step.PageTables keeps them
         self.batch, self.context = batch, context
-        self.recorder = self.ops.record(self.compute)
-
-    def compute(self, inputs: StepInputs, previous: Any, state: State) -> tuple[Sampled | None, State]:
-        from dataclasses import replace
-
-        tokens = resolve(self.ops, inputs.batch.tokens, inputs.token_source, previous)
-        logits, state = forward(self.ops, self.params, self.plan, replace(inputs.batch, tokens=tokens), state)
-        return self.ops.sample(logits, inputs.sampling), state
+        self.recorder = self.ops.record(Computation(self.ops, self.params, self.plan))
 
     def inputs(self, step: int) -> StepInputs:
         at = self.context + step % PAGE_SIZE
@@ -120,23 +115,31 @@ class Bench:
         sampled, self.state = self.recorder(self.inputs(i), previous, self.state)
         return sampled.tokens, self.ops.fetch([sampled.tokens])
 
+    def arrivals(self) -> Generator[float]:
+        """When the tokens of each step were on the host, without end; one step ahead, as in the engine.
+
+        The device waits for the first step, so what comes before the first arrival is not the time of a step.
+        """
+        previous, waiting = self.step(0, None)
+        try:
+            for i in itertools.count(1):
+                previous, wait = self.step(i, previous)
+                waiting()
+                waiting = wait
+                yield time.perf_counter()
+        finally:
+            (tokens,) = waiting()
+            assert ((tokens >= 0) & (tokens < self.config.vocab_size)).all(), tokens
+
     def run(self, steps: int) -> dict[str, Any]:
         for i in range(3):
-            previous, wait = self.step(i, None)
+            _, wait = self.step(i, None)
         wait()
         graph = next(g for g in self.recorder._graphs.values() if g.graph is not None)
         replays = timed(graph.graph.replay, steps)
-        waits, arrivals = None, []  # of tokens on the host: the first step, for which the device waits, is not counted
-        for i in range(steps + 1):
-            previous, wait = self.step(i, previous)
-            if waits is not None:
-                waits()
-                arrivals.append(time.perf_counter())
-            waits = wait
-        tokens = wait()[0]
-        arrivals.append(time.perf_counter())
-        engine_step = (arrivals[-1] - arrivals[0]) / steps
-        assert ((tokens >= 0) & (tokens < self.config.vocab_size)).all(), tokens
+        with closing(self.arrivals()) as arrivals:
+            times = list(itertools.islice(arrivals, steps + 1))
+        engine_step = (times[-1] - times[0]) / steps
         return {"graph_ms": statistics.median(replays) * 1e3, "engine_step_ms": engine_step * 1e3}
 
     def profile(self) -> list[tuple[str, float, int]]:
@@ -199,7 +202,6 @@ def main() -> None:
                 for name, ms, count in row.get("kernels", [])[:14]:
                     print(f"    {ms:8.4f} ms {count:4d}x {name}", flush=True)
                 bench = None
-                gc.collect()  # a recorder refers to what it records; later it would be in the middle of a timing
                 torch.cuda.empty_cache()
                 with open(args.out, "w", encoding="utf-8") as file:
                     json.dump(provenance() | result, file, indent=1)  # versions of what was loaded

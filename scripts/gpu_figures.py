@@ -42,7 +42,7 @@ PARTS = {
         f"{BENCH} ops --backend cuda --contexts {LONG} --batches 1,8,32 --seconds 0.1 --output {{out}}/ops.json",
         120,
     ),
-    "prefill": ("scripts/gpu_prefill.py --out {out}/prefill_kernels.json", 180),
+    "prefill": ("scripts/gpu_prefill.py --skip engine --out {out}/prefill_kernels.json", 150),
     "prefill_engine": ("scripts/gpu_prefill.py --skip checks,kernels --out {out}/prefill_engine.json", 60),
     "sustained": ("scripts/gpu_sustained.py --out {out}/sustained.json", 90),
     "long": ("scripts/gpu_long.py --parts answer --out {out}/long.json", 150),

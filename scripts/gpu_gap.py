@@ -11,7 +11,6 @@ between two graphs, not how long that is.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -111,7 +110,6 @@ def main() -> None:
         print({name: value for name, value in rows[-1].items() if name != "events"}, flush=True)
         for start, end, stream, name in rows[-1]["events"]:
             print(f"    {start:8.1f} to {end:8.1f} us, stream {stream}: {name[:70]}")
-        gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
         if args.out is not None:
             result = provenance() | {"device": torch.cuda.get_device_name(), "rows": rows}

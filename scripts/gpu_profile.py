@@ -9,7 +9,6 @@ last one ends, so their durations add up to more than the step takes: `graph_ms`
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 from pathlib import Path
@@ -62,7 +61,6 @@ def main() -> None:
         rows.append({"plan": args.plan, "context": args.context, "batch": batch, **times, "graph_ms": replays, **found})
         show(rows[-1])
         del bench, graph
-        gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
     result = provenance() | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result |= {"read_bandwidth": read, "rows": rows}

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import itertools
 import json
 import statistics
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +44,21 @@ class Smi:
         return [(float(watts), float(clock), int(reasons, 16)) for watts, clock, reasons in csv.reader(whole)]
 
 
-def arrivals(bench: Any, seconds: float) -> list[float]:
-    """When the tokens of each step were on the host; one step ahead, as in the engine."""
-    previous, waiting = bench.step(0, None)
-    times: list[float] = []
-    while not times or times[-1] - times[0] < seconds:
-        previous, wait = bench.step(len(times) + 1, previous)
-        waiting()
-        times.append(time.perf_counter())
-        waiting = wait
-    waiting()
+def lasting(bench: Any, seconds: float) -> list[float]:
+    """When the tokens of each step were on the host."""
+    with closing(bench.arrivals()) as arrivals:
+        times = [next(arrivals)]
+        while times[-1] - times[0] < seconds:
+            times.append(next(arrivals))
     return times
 
 
 def measure(plan: str, batch: int, seconds: float) -> dict[str, Any]:
     bench = Bench(plan, 131072, batch, 1)
-    arrivals(bench, 0.0)  # compiles, and
-    arrivals(bench, 0.1)  # records
+    lasting(bench, 0.2)  # some steps: the first compiles, two record
     time.sleep(2.0)  # the card is at its full clock again
     smi = Smi()
-    times = arrivals(bench, seconds)
+    times = lasting(bench, seconds)
     samples = smi.stop()
     steps = [(end - times[0], (end - start) * 1e3) for start, end in itertools.pairwise(times)]
     settled = [ms for at, ms in steps if at > SETTLED]
@@ -97,7 +92,6 @@ def main() -> None:
         plan, batch = case.split(":")
         rows.append(measure(plan, int(batch), args.seconds))
         print(rows[-1], flush=True)
-        gc.collect()  # a recorder refers to what it records
         torch.cuda.empty_cache()
         result = provenance() | {"device": torch.cuda.get_device_name(), "context": 131072, "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

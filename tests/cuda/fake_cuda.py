@@ -8,13 +8,21 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from clsa.ops import Compute, Sampled, State
+from clsa_cuda import transfer
+from clsa_cuda.ops import TorchOps
+from clsa_cuda.recorder import Recorder
+
+CPU = torch.device("cpu")
 Work = Callable[[], object]
 
 
@@ -91,8 +99,6 @@ class FakeCuda:
         self.graphs: list[Graph] = []
         self.is_late = False  # nothing runs before somebody waits for it
         copy, add, zeros = Tensor.copy_, torch.add, torch.zeros
-        from clsa_cuda import transfer
-
         patch.setattr(transfer, "_streams", {})
         patch.setattr(transfer, "pinned", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
 
@@ -162,3 +168,45 @@ class FakeCuda:
             yield
         finally:
             self.current = before
+
+
+class _Now:
+    """An event in a stream that is never late."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def on_the_cpu(patch: pytest.MonkeyPatch) -> list[Recorder]:
+    """The CPU as a GPU with one stream, on which a replay computes again. Returns the recorders that are made."""
+    made: list[Recorder] = []
+
+    def record(ops: TorchOps, compute: Compute) -> Compute:
+        made.append(Recorder(compute, CPU))
+        return made[-1]
+
+    def capture(self: Recorder, recording: Any, kinds: Any, state: State) -> None:
+        compute, inputs, previous = self._compute, recording.inputs, self._turns[1 - self._turn].tokens
+        sampled = Sampled(*self._results(kinds))
+
+        def replay() -> None:
+            again, _ = compute(inputs, previous, state)
+            for field in fields(sampled):
+                if (x := getattr(again, field.name)) is not None:
+                    getattr(sampled, field.name).copy_(x)
+
+        recording.sampled, recording.graph = sampled, SimpleNamespace(replay=replay)
+
+    stream: Any = SimpleNamespace(wait_event=lambda event: None)
+    patch.setattr(torch.cuda, "Event", _Now)
+    patch.setattr(torch.cuda, "set_device", lambda device: None)
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    patch.setattr(Tensor, "record_stream", lambda x, stream: None)
+    patch.setattr(transfer, "_streams", {CPU: transfer.Streams(stream, stream, stream)})
+    patch.setattr(transfer, "pinned", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+    patch.setattr(Recorder, "_record", capture)
+    patch.setattr(TorchOps, "record", record)
+    patch.setattr(TorchOps, "fetch", lambda ops, arrays: transfer.start_fetch(arrays, CPU))
+    return made

@@ -15,10 +15,8 @@ import torch
 
 from clsa_cuda.recorder import Recorder, _flattened
 from clsa_cuda.transfer import Layout
-from tests.cuda.fake_cuda import FakeCuda
+from tests.cuda.fake_cuda import CPU, FakeCuda
 from tests.cuda.toy_steps import EMPTY, Run, step_inputs, toy
-
-CPU = torch.device("cpu")
 
 
 def fake_run(patch: pytest.MonkeyPatch, seed: int) -> tuple[FakeCuda, Run]:

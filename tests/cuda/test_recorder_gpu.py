@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import fields, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +13,14 @@ import torch
 
 import clsa
 from clsa.batch import upload
-from clsa.ops import Compute, RestInputs, Sampled, State
+from clsa.ops import Compute, RestInputs
 from clsa_cuda import transfer
 from clsa_cuda.ops import TorchOps
 from clsa_cuda.recorder import Recorder
+from tests.cuda.fake_cuda import on_the_cpu
 from tests.cuda.toy_steps import Run, toy
 from tests.engine import models
 
-CPU = torch.device("cpu")
 PARAMS = [
     clsa.SamplingParams(ignore_eos=True),
     clsa.SamplingParams(ignore_eos=True, temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=3, logprobs=2),
@@ -43,53 +41,12 @@ def directly(ops: TorchOps, compute: Compute) -> Compute:
     return lambda inputs, *rest: compute(upload(ops, inputs), *rest)
 
 
-class _Event:
-    def record(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-def _without_a_gpu(patch: pytest.MonkeyPatch) -> list[Recorder]:
-    """The CPU as a GPU with one stream, on which a replay computes again. Returns the recorders that are made."""
-    made: list[Recorder] = []
-
-    def record(ops: TorchOps, compute: Compute) -> Compute:
-        made.append(Recorder(compute, CPU))
-        return made[-1]
-
-    def capture(self: Recorder, recording: Any, kinds: Any, state: State) -> None:
-        def run() -> Any:
-            return self._compute(recording.inputs, previous, state)[0]
-
-        def replay() -> None:
-            again = run()
-            for field in fields(again):
-                if (x := getattr(again, field.name)) is not None:
-                    getattr(recording.sampled, field.name).copy_(x)
-
-        previous = self._turns[1 - self._turn].tokens
-        recording.sampled, recording.graph = Sampled(*self._results(kinds)), SimpleNamespace(replay=replay)
-
-    stream: Any = SimpleNamespace(wait_event=lambda event: None)
-    patch.setattr(torch.cuda, "Event", _Event)
-    patch.setattr(torch.cuda, "set_device", lambda device: None)
-    patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    patch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
-    patch.setattr(transfer, "_streams", {CPU: transfer.Streams(stream, stream, stream)})
-    patch.setattr(transfer, "pinned", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
-    patch.setattr(Recorder, "_record", capture)
-    patch.setattr(TorchOps, "record", record)
-    patch.setattr(TorchOps, "fetch", lambda ops, arrays: transfer.start_fetch(arrays, CPU))
-    return made
-
-
 @pytest.mark.parametrize("params", PARAMS, ids=["greedy", "sampled"])
 def test_the_engine_gets_the_same_tokens(params: clsa.SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(TorchOps, "record", directly)
         wanted = tokens("cpu", params)
-    made = _without_a_gpu(monkeypatch)
+    made = on_the_cpu(monkeypatch)
     assert tokens("cpu", params) == wanted
     replayed = [r.inputs for recorder in made for r in recorder._graphs.values() if r.graph is not None]
     assert len(replayed) >= 8 and any(isinstance(inputs, RestInputs) for inputs in replayed)
@@ -108,7 +65,7 @@ def test_rests_with_a_selection_on_its_way(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(TorchOps, "record", directly)
         wanted = answers()
-    made = _without_a_gpu(monkeypatch)
+    made = on_the_cpu(monkeypatch)
     assert answers() == wanted
     (recorder,) = made
     rests = [r for r in recorder._graphs.values() if isinstance(r.inputs, RestInputs)]
@@ -195,7 +152,7 @@ def test_a_failing_recording_on_a_gpu() -> None:
 def test_a_recording_needs_what_torch_keeps() -> None:
     run = gpu_run("cuda:0", 6)
     compute, short = run.recorder._compute, 3 << 30
-    gc.collect()  # models of other tests, whose recorders refer to what they record
+    gc.collect()  # whatever other tests have left in cycles
     torch.cuda.empty_cache()
 
     def large(*args: Any) -> Any:
